@@ -1,0 +1,112 @@
+"""The dynamic activation quantizer of a site: 4 bits a channel, a step and a zero point a token and group.
+
+Normal channels: asymmetric codes over groups of the weights' size (BWA, eq. 3 and 4, errata E7 to E9), optionally with
+*balanced* plane scales (BWA, appendix A, eq. 10 and 11, erratum E18): the value of bit plane a is then a free number
+mu_a in place of 2^a mu. Outlier channels: symmetric int8, one scale a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.recipe import ActivationRecipe
+
+MINIMUM_STEP = 1e-5
+
+
+@dataclass(frozen=True)
+class QuantizedGroups:
+    """Codes of the normal channels of some tokens, padded to whole groups.
+
+    codes         fp32 integers [tokens, groups, group] in 0..2**bits - 1; padding has code 0
+    step          fp32 [tokens, groups, 1], mu
+    zero          fp32 integers [tokens, groups, 1], z
+    plane_scales  fp32 [tokens, groups, planes], mu_a, or None when mu_a = 2^a mu
+    """
+
+    codes: Tensor
+    step: Tensor
+    zero: Tensor
+    plane_scales: Tensor | None
+
+    def values(self) -> Tensor:
+        """xhat = sum_a mu_a b_a - mu z, fp32 [tokens, groups, group]."""
+        if self.plane_scales is None:
+            return self.step * (self.codes - self.zero)
+        integer = self.codes.to(torch.int32)
+        total = -self.step * self.zero
+        for plane in range(self.plane_scales.shape[-1]):
+            total = total + self.plane_scales[..., plane : plane + 1] * ((integer >> plane) & 1)
+        return total
+
+
+def quantize_groups(x: Tensor, group: int, recipe: ActivationRecipe) -> QuantizedGroups:
+    """fp32 x [tokens, channels] in site order, normal channels only -> codes, steps and zero points.
+
+    mu = (max - min) / (2**bits - 1), at least 1e-5; z = -round(min / mu), an integer that is not clamped, so groups
+    whose values all have one sign are not clipped. A group of equal values has mu = 1e-5 and is exact to mu / 2.
+    """
+    tokens, channels = x.shape
+    padding = -channels % group
+    valid = torch.ones(channels, dtype=torch.bool, device=x.device)
+    if padding:
+        # Repeating the last channel leaves the extremes of the ragged group as they are.
+        x = torch.cat([x, x[:, -1:].expand(tokens, padding)], dim=1)
+        valid = torch.nn.functional.pad(valid, (0, padding))
+    x = x.reshape(tokens, -1, group)
+    mask = valid.view(1, -1, group)
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    if recipe.clip != 1.0:
+        cut = (high - low) * ((1.0 - recipe.clip) / 2.0)
+        low, high = low + cut, high - cut
+    top = 2**recipe.bits - 1
+    step = ((high - low) / top).clamp_min(MINIMUM_STEP)
+    zero = -torch.round(low / step)
+    codes = torch.clamp(torch.round(x / step) + zero, 0, top) * mask
+    if recipe.balance == "none":
+        return QuantizedGroups(codes, step, zero, None)
+    return QuantizedGroups(codes, step, zero, _balanced_scales(x, codes, step, zero, mask, recipe))
+
+
+def _balanced_scales(
+    x: Tensor, codes: Tensor, step: Tensor, zero: Tensor, mask: Tensor, recipe: ActivationRecipe
+) -> Tensor:
+    """mu_a = 2^a mu + average of 2^a b_a / c * (x - xhat): each plane takes its share of the rounding error.
+
+    `support` averages over the channels where b_a = 1 (it makes the mean error of the group vanish), `literal` over
+    all channels as printed in eq. 11. Channels of code 0 have no share.
+    """
+    # (x - xhat) / c, with 0 where c = 0: one division serves all planes.
+    shared = torch.where(codes > 0, (x - step * (codes - zero)) / codes.clamp_min(1), torch.zeros_like(x)) * mask
+    integer = codes.to(torch.int32)
+    scales = []
+    for plane in range(recipe.bits):
+        bit = ((integer >> plane) & 1).to(x.dtype)
+        total = (shared * bit).sum(dim=-1, keepdim=True)
+        if recipe.balance == "support":
+            count = bit.sum(dim=-1, keepdim=True).clamp_min(1)
+        else:
+            count = mask.sum(dim=-1, keepdim=True).to(x.dtype)
+        scales.append(2.0**plane * (step + total / count))
+    return torch.cat(scales, dim=-1)
+
+
+def quantize_outliers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [tokens, outliers] -> (integers -127..127 as fp32, scale fp32 [tokens, 1]): symmetric int8 a token."""
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127.0).clamp_min(1e-12)
+    return torch.clamp(torch.round(x / scale), -127, 127), scale
+
+
+def quantize_site(x: Tensor, outliers: int, group: int, recipe: ActivationRecipe | None) -> Tensor:
+    """Quantize and dequantize the input of a site: fp32 [tokens, channels] in site order -> fp32 of the same shape."""
+    if recipe is None:
+        return x
+    normal = x.shape[1] - outliers
+    values = quantize_groups(x[:, :normal], group, recipe).values().reshape(x.shape[0], -1)[:, :normal]
+    if not outliers:
+        return values
+    integers, scale = quantize_outliers(x[:, normal:])
+    return torch.cat([values, integers * scale], dim=1)

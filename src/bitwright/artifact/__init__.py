@@ -1,0 +1,1 @@
+"""What is written: names, shapes, shards, manifest, verification, model card."""

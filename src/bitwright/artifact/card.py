@@ -1,0 +1,102 @@
+"""The model card: a README.md that says how large and how good the artifact is, from measurements alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from bitwright.artifact.layout import CARD_NAME
+from bitwright.artifact.shards import write_text
+
+if TYPE_CHECKING:
+    from bitwright.pipeline.plan import Plan
+
+TEMPLATE = """\
+---
+library_name: transformers
+base_model: {{ plan.model }}
+tags: [bitwright, quantized, w{{ plan.recipe.weights.bits }}a{{ activation_bits }}]
+---
+
+# {{ plan.model }}, quantized with bitwright (recipe `{{ plan.recipe.name }}`)
+
+```python
+import bitwright  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+```
+
+or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THIS_DIRECTORY` checks every byte.
+
+## Size, all bits counted
+
+| | bits | bytes |
+|---|---|---|
+| quantized linears ({{ "{:,}".format(plan.linear_weights) }} weights): codes, levels, scales, outliers, permutations \
+| {{ "%.4f"|format(plan.linear_bits) }} a weight | {{ "{:,}".format(plan.linear_bytes) }} |
+| whole model ({{ "{:,}".format(plan.parameters) }} parameters), embeddings and head included \
+| {{ "%.4f"|format(plan.model_bits) }} a parameter | {{ "{:,}".format(plan.total_bytes) }} |
+| original weight files | {{ "%.4f"|format(plan.original_bytes * 8 / plan.parameters) }} a parameter \
+| {{ "{:,}".format(plan.original_bytes) }} |
+
+## Quality, measured
+
+| text | windows | perplexity before | after | excess |
+|---|---|---|---|---|
+{% for part, row in measured.items() -%}
+| {{ names[part] }} | {{ row.windows }} x {{ row.length }} tokens | {{ "%.4f"|format(exp(row.loss_original)) }} \
+| {{ "%.4f"|format(exp(row.loss_quantized)) }} | {{ "%.4f"|format(row.excess) }} |
+{% endfor %}
+Perplexity a token of the model's own tokenizer, mean over the targets of each window, windows averaged; weights,
+{{ activation_words }} and {{ kv_words }} quantized as in use. Excess is ln(after / before). The calibration text was
+seen by the quantizer: its row flatters. For a text of your own: `bitwright eval THIS_DIRECTORY --text FILE`.
+
+## Provenance
+
+- recipe: `{{ recipe_json }}`
+- calibration: {{ facts.calibration.name }}, sha256 {{ facts.calibration.sha256 }}
+{% for name, digest in facts.model.files.items() -%}
+- original {{ name }}: sha256 {{ digest }}
+{% endfor -%}
+- bitwright {{ facts.bitwright }}, torch {{ facts.torch }}, transformers {{ facts.transformers }}
+
+## Layers
+
+Relative output error on the calibration inputs (quantized activations in, weights exchanged).
+
+| linear | shape | outliers | bits | error | damping | rescue |
+|---|---|---|---|---|---|---|
+{% for entry in layers -%}
+| {{ entry.linear }} | {{ entry.shape[0] }} x {{ entry.shape[1] }} | {{ entry.outliers }} | {{ "%.4f"|format(entry.bits) }} \
+| {{ "%.5f"|format(entry.error) }} | {{ entry.damping }} | {{ entry.rescue or "" }} |
+{% endfor %}"""
+
+
+def write_card(
+    directory: Path, plan: Plan, layers: list[dict[str, Any]], measured: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Write README.md. It holds no time, path or command line: equal artifacts have equal cards."""
+    recipe = plan.recipe
+    names = {"calibration": f"{facts['calibration']['name']} (calibration)"}
+    if facts["evaluation"]:
+        names["evaluation"] = f"{facts['evaluation']['name']} (not calibrated on)"
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE)
+    text = template.render(
+        plan=plan,
+        layers=layers,
+        measured=measured,
+        facts=facts,
+        names=names,
+        exp=math.exp,
+        recipe_json=json.dumps(recipe.to_dict(), sort_keys=True),
+        activation_bits=recipe.activations.bits if recipe.activations else 16,
+        activation_words=f"activations to {recipe.activations.bits} bits" if recipe.activations else "16-bit activations",
+        kv_words=f"the key-value cache to {recipe.kv.bits} bits" if recipe.kv else "a 16-bit key-value cache",
+    )
+    write_text(directory / CARD_NAME, text)

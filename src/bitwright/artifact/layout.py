@@ -1,0 +1,100 @@
+"""Names, shapes and dtypes of everything in an artifact. docs/format.md says the same in words, to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from bitwright.codebook import KINDS, Kind, matrix_shapes
+from bitwright.errors import ArtifactError
+
+QUANT_METHOD = "bitwright"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "bitwright_manifest.json"
+CARD_NAME = "README.md"
+INDEX_NAME = "model.safetensors.index.json"
+# Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def shard_name(index: int, count: int) -> str:
+    """Shard 0 holds what is outside the blocks, shard i + 1 block i."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One quantized linear, as `quantization_config.layers` in config.json describes it.
+
+    `permutation` names the linear (the site's leader) whose `permutation` tensor orders the input, or is None.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    kind: Kind
+    outliers: int
+    bias: bool
+    permutation: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> LayerSpec:
+        """Unknown keys are ignored (they may be notes of a newer minor version); missing ones are an error."""
+        missing = [field.name for field in fields(cls) if field.name not in data]
+        if missing:
+            raise ArtifactError(f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged")
+        spec = cls(**{field.name: data[field.name] for field in fields(cls)})
+        if spec.kind not in KINDS:
+            raise ArtifactError(f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}")
+        return spec
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+def permutation_dtype(columns: int) -> torch.dtype:
+    """16 bits a channel where they reach."""
+    return torch.uint16 if columns <= 65536 else torch.int32
+
+
+def layer_shapes(name: str, spec: LayerSpec, float_dtype: torch.dtype) -> dict[str, Shape]:
+    """Tensor name -> dtype and shape for the linear `name`, sentinel and bias included."""
+    shapes: dict[str, Shape] = {
+        f"{name}.{part}": shape
+        for part, shape in matrix_shapes(
+            spec.rows, spec.columns, spec.bits, spec.group, spec.kind, spec.outliers
+        ).items()
+    }
+    # Zero elements: without bitwright, transformers finds the wrong shape and refuses instead of running on noise.
+    shapes[f"{name}.weight"] = (float_dtype, (0,))
+    if spec.permutation == name:
+        shapes[f"{name}.permutation"] = (permutation_dtype(spec.columns), (spec.columns,))
+    if spec.bias:
+        shapes[f"{name}.bias"] = (float_dtype, (spec.rows,))
+    return shapes
+
+
+def counted(tensor_name: str) -> bool:
+    """Whether a tensor of a quantized linear belongs to its honest bits: all but the bias and the empty sentinel."""
+    return not tensor_name.endswith((".bias", ".weight"))
+
+
+def check_version(config: Mapping[str, Any]) -> None:
+    """Refuse formats that this version cannot read. Raises ArtifactError."""
+    version = config.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ArtifactError(f"quantization_config has format_version {version!r}; expected a number from 1 on")
+    unknown = sorted(set(config.get("requires") or ()) - KNOWN_REQUIREMENTS)
+    if version > FORMAT_VERSION or unknown:
+        what = f"format version {version}" if version > FORMAT_VERSION else f"format feature {unknown[0]!r}"
+        raise ArtifactError(f"the artifact uses {what}, which this bitwright does not know; upgrade bitwright")

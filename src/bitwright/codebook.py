@@ -1,0 +1,173 @@
+"""CodebookMatrix: what every scalar post-training method produces, a codebook a group and a code a weight.
+
+A matrix of `rows` outputs and `columns` inputs is kept in *site order*: input channels permuted so that the normal
+ones come first, in groups of `group` (the last group may be shorter), and the outlier channels last. There is one
+dequantizer and one bit counter, here, whatever the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.packing import plane_bytes, unpack_planes
+
+Kind = Literal["free", "uniform"]
+KINDS: tuple[Kind, ...] = ("free", "uniform")
+
+
+def group_count(columns: int, group: int) -> int:
+    """Groups that `columns` normal channels fill; the last one may be ragged."""
+    return (columns + group - 1) // group
+
+
+def code_of_rank(bits: int) -> Tensor:
+    """uint8 [2**bits]: the code of the level of each rank, lowest level first, in a *free* codebook.
+
+    For two bits the planes are the paper's: plane 0 is the sign q (1: the larger of a pair), plane 1 the membership m
+    (1: the outer pair), so the ranks 0..3 have the codes q + 2 m = 2, 0, 1, 3 (BWA, eq. 6 and 9; erratum E11).
+    """
+    return torch.tensor([2, 0, 1, 3] if bits == 2 else list(range(2**bits)), dtype=torch.uint8)
+
+
+def honest_bits(
+    columns: int,
+    outliers: int,
+    group: int = 128,
+    code_bits: int = 2,
+    parameter_bits: int = 48,
+    rows: int | None = None,
+    outlier_bits: int = 8,
+    row_scale_bits: int = 16,
+    permutation_bits: int = 16,
+) -> float:
+    """Bits a weight of a linear with `columns` inputs, all counted, before padding of planes to whole bytes.
+
+    `parameter_bits` a group: 48 here (four int8 levels, one fp16 scale), 64 in the paper (four fp16 numbers). With
+    `rows` the permutation is counted, as if this linear had its site for itself. Spec: BWA section 2.6.
+    """
+    normal = columns - outliers
+    bits: float = normal * code_bits + group_count(normal, group) * parameter_bits
+    if outliers:
+        bits += outliers * outlier_bits + row_scale_bits
+    if rows is not None:
+        bits += columns * permutation_bits / rows
+    return bits / columns
+
+
+@dataclass(frozen=True)
+class CodebookMatrix:
+    """One quantized weight matrix.
+
+    planes          uint8 [bits, rows, ceil(normal / 8)], the code planes
+    scales          fp16 [rows, groups]
+    levels          int8 [rows, groups, 2**bits] by code (kind `free`), else None
+    zeros           uint8 [rows, groups] (kind `uniform`: level(code) = code - zero), else None
+    outliers        int8 [rows, outlier count] or None; weight = outliers * outlier_scales
+    outlier_scales  fp16 [rows] or None
+    permutation     int64 [columns] or None: site channel i is input channel permutation[i]
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+    kind: Kind
+    planes: Tensor
+    scales: Tensor
+    levels: Tensor | None = None
+    zeros: Tensor | None = None
+    outliers: Tensor | None = None
+    outlier_scales: Tensor | None = None
+    permutation: Tensor | None = None
+
+    @property
+    def outlier_columns(self) -> int:
+        return 0 if self.outliers is None else self.outliers.shape[1]
+
+    @property
+    def normal_columns(self) -> int:
+        return self.columns - self.outlier_columns
+
+    def codes(self) -> Tensor:
+        """uint8 [rows, normal columns]."""
+        return unpack_planes(self.planes, self.normal_columns)
+
+    def integer_levels(self) -> Tensor:
+        """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale, for every kind."""
+        if self.levels is not None:
+            return self.levels
+        assert self.zeros is not None
+        codes = torch.arange(2**self.bits, dtype=torch.int16, device=self.zeros.device)
+        return (codes - self.zeros.to(torch.int16).unsqueeze(-1)).to(torch.int8)
+
+    def dequantize_site_order(self) -> Tensor:
+        """fp32 [rows, columns] in site order. Exact: an int8 times an fp16 number fits fp32 without rounding."""
+        codes = self.codes()
+        padding = self.scales.shape[1] * self.group - self.normal_columns
+        if padding:
+            codes = torch.nn.functional.pad(codes, (0, padding))
+        codes = codes.view(self.rows, -1, self.group)
+        table = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
+        weights = _select(table, codes).view(self.rows, -1)[:, : self.normal_columns]
+        if self.outliers is None:
+            return weights.contiguous()
+        assert self.outlier_scales is not None
+        scaled = self.outliers.to(torch.float32) * self.outlier_scales.to(torch.float32).unsqueeze(-1)
+        return torch.cat([weights, scaled], dim=1)
+
+    def dequantize(self) -> Tensor:
+        """fp32 [rows, columns] in the order of the model's input channels."""
+        weights = self.dequantize_site_order()
+        if self.permutation is None:
+            return weights
+        original = torch.empty_like(weights)
+        original[:, self.permutation] = weights
+        return original
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by its name in the format, the permutation of the site excepted."""
+        parts = {
+            "codes": self.planes,
+            "levels": self.levels,
+            "zeros": self.zeros,
+            "scales": self.scales,
+            "outliers": self.outliers,
+            "outlier_scales": self.outlier_scales,
+        }
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def stored_bits(self) -> int:
+        """All bits on disk of this matrix, padding included, the permutation of the site excluded (it is shared)."""
+        return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.tensors().values())
+
+
+def _select(table: Tensor, codes: Tensor) -> Tensor:
+    """table [rows, groups, 2**bits], codes [rows, groups, group] -> table at codes, without 64-bit indices."""
+    chosen = torch.where(codes == 1, table[..., 1:2], table[..., 0:1])
+    for code in range(2, table.shape[-1]):
+        chosen = torch.where(codes == code, table[..., code : code + 1], chosen)
+    return chosen
+
+
+def matrix_shapes(
+    rows: int, columns: int, bits: int, group: int, kind: Kind, outliers: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of every stored tensor of such a matrix: the contract of the format, the plan and the loader."""
+    normal = columns - outliers
+    groups = group_count(normal, group)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "codes": (torch.uint8, (bits, rows, plane_bytes(normal))),
+        "scales": (torch.float16, (rows, groups)),
+    }
+    if kind == "free":
+        shapes["levels"] = (torch.int8, (rows, groups, 2**bits))
+    else:
+        shapes["zeros"] = (torch.uint8, (rows, groups))
+    if outliers:
+        shapes["outliers"] = (torch.int8, (rows, outliers))
+        shapes["outlier_scales"] = (torch.float16, (rows,))
+    return shapes

@@ -1,0 +1,7 @@
+"""Finds blocks, sites and linears of a Hugging Face causal language model; knows no quantization method."""
+
+from bitwright.models.checkpoint import Checkpoint as Checkpoint
+from bitwright.models.checkpoint import TensorInfo as TensorInfo
+from bitwright.models.skeleton import LinearInfo as LinearInfo
+from bitwright.models.skeleton import SiteInfo as SiteInfo
+from bitwright.models.skeleton import Skeleton as Skeleton

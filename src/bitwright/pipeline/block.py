@@ -1,0 +1,241 @@
+"""One decoder block through the pipeline: statistics, solve, and both streams moved on to the next block.
+
+1. The full-precision stream passes the block as it is; the energy of each site's input channels gives their order.
+2. The quantized stream passes the block with full-precision weights and quantized activations, keys and values; the
+   site inputs, in site order, give the Hessians (Atom's order of things, spec 2.3 (c) and (d)).
+3. Each linear is solved, in chunks of rows that are independent units of work.
+4. The quantized stream passes the packed block, the very modules that a loaded artifact runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.activations import quantize_site
+from bitwright.calibration import HessianSum, Stream, channel_energy, wave_sequences
+from bitwright.models import LinearInfo, SiteInfo
+from bitwright.models.skeleton import run_block
+from bitwright.pipeline.plan import LayerPlan
+from bitwright.recipe import Recipe
+from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights
+from bitwright.solvers import SOLVERS, Factor, factorize, join_rows, output_error
+from bitwright.transforms import channel_order
+from bitwright.workers import Workers
+
+ROW_CHUNK = 256
+# Rough shares of a block's time, for the progress bar.
+SHARES = {"energy": 15.0, "hessian": 30.0, "solve": 35.0, "propagate": 20.0}
+
+Advance = Callable[[str, float], None]
+
+
+@dataclass
+class BlockJob:
+    """Everything that the four steps share for one block."""
+
+    index: int
+    depth: int
+    name: str
+    block: nn.Module
+    sites: tuple[SiteInfo, ...]
+    layers: dict[str, LayerPlan]
+    recipe: Recipe
+    calls: dict[str, Any]
+    sequences: int
+    workers: Workers
+    advance: Advance
+    orders: dict[str, Tensor] = field(default_factory=dict)
+
+    def outliers(self, site: SiteInfo) -> int:
+        return self.layer(site.leader).spec.outliers
+
+    def layer(self, linear: LinearInfo) -> LayerPlan:
+        return self.layers[f"{self.name}.{linear.name}"]
+
+    def arguments(self, cached: bool) -> dict[str, Any]:
+        """Keyword arguments of one call of the block; with a fresh quantized cache where the recipe asks for one."""
+        arguments = dict(self.calls)
+        if cached and self.recipe.kv is not None:
+            arguments["past_key_values"] = QuantizedKVCache(self.depth, self.recipe.kv)
+            arguments["use_cache"] = True
+        return arguments
+
+
+def measure_energy(job: BlockJob, source: Stream, target: Stream) -> None:
+    """Step 1: move the full-precision stream on and find each site's channel order from the calibration sequences."""
+
+    def unit(index: int) -> dict[str, Tensor]:
+        energies: dict[str, Tensor] = {}
+        handles = []
+        view = _view(job.block)
+        for site in job.sites:
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = site.name) -> None:
+                energies[name] = channel_energy(args[0].reshape(-1, args[0].shape[-1]))
+
+            handles.append(view.get_submodule(site.leader.name).register_forward_pre_hook(hook))
+        target.write(index, run_block(view, source.read(index), job.arguments(cached=False)))
+        job.advance("energy", 1 / source.shape[0])
+        return energies
+
+    results = job.workers.map(unit, range(source.shape[0]))[: job.sequences]
+    for site in job.sites:
+        total = torch.stack([energies[site.name] for energies in results]).sum(dim=0)
+        job.orders[site.name] = channel_order(total, job.outliers(site), job.recipe.weights.order)
+
+
+def measure_hessians(job: BlockJob, source: Stream) -> dict[str, Tensor]:
+    """Step 2: H of every site from the quantized stream, quantized inputs in site order."""
+    sums = {site.name: HessianSum(site.columns) for site in job.sites}
+
+    def forward(index: int) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        view = _view(job.block)
+        quantize_inputs(view, job.sites, job.orders, job.outliers, job.recipe, inputs)
+        run_block(view, source.read(index), job.arguments(cached=True))
+        job.advance("hessian", 1 / job.sequences)
+        return inputs
+
+    wave = wave_sequences(source.shape[1])
+    for start in range(0, job.sequences, wave):
+        results = job.workers.map(forward, range(start, min(start + wave, job.sequences)))
+
+        def add(task: tuple[str, int], results: list[dict[str, Tensor]] = results) -> None:
+            for inputs in results:
+                sums[task[0]].add_rows(task[1], inputs[task[0]])
+
+        job.workers.map(add, [(name, row) for name, total in sums.items() for row in total.row_blocks()])
+        for total in sums.values():
+            total.sequences += len(results)
+    return {name: total.finish() for name, total in sums.items()}
+
+
+def quantize_inputs(
+    block: nn.Module,
+    sites: tuple[SiteInfo, ...],
+    orders: dict[str, Tensor],
+    outliers: Callable[[SiteInfo], int],
+    recipe: Recipe,
+    inputs: dict[str, Tensor] | None = None,
+) -> None:
+    """Hook the linears of `block` so that they see quantized activations in their own channel order.
+
+    `inputs` receives, by site name, what the site saw in site order, fp32 [tokens, columns]. The hooks hold the last
+    input of each site, so a hooked block must not be run by two threads at once.
+    """
+    for site in sites:
+        shared: dict[str, Any] = {}
+
+        def hook(
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            site: SiteInfo = site,
+            shared: dict[str, Any] = shared,
+        ) -> tuple[Tensor, ...]:
+            (x,) = args
+            if shared.get("x") is not x:
+                order = orders[site.name]
+                flat = x.reshape(-1, site.columns).float().index_select(1, order)
+                quantized = quantize_site(flat, outliers(site), recipe.weights.group, recipe.activations)
+                if inputs is not None:
+                    inputs[site.name] = quantized
+                restored = torch.empty_like(quantized)
+                restored[:, order] = quantized
+                shared.update(x=x, restored=restored.reshape(x.shape).to(x.dtype))
+            return (shared["restored"],)
+
+        for linear in site.linears:
+            block.get_submodule(linear.name).register_forward_pre_hook(hook)
+
+
+def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
+    """Step 3: quantized modules by their name in the block, and a log entry for each."""
+    solver = SOLVERS[job.recipe.weights.method]
+    weights_recipe = job.recipe.weights
+
+    def prepare(site: SiteInfo) -> Factor:
+        return factorize(hessians[site.name], weights_recipe.damping, weights_recipe.importance)
+
+    factors = dict(zip([site.name for site in job.sites], job.workers.map(prepare, job.sites), strict=True))
+    tasks = [
+        (site, linear, row) for site in job.sites for linear in site.linears for row in range(0, linear.rows, ROW_CHUNK)
+    ]
+
+    def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
+        site, linear, row = task
+        began = time.perf_counter()
+        weights = job.block.get_submodule(linear.name).weight[row : row + ROW_CHUNK][:, job.orders[site.name]]
+        matrix = solver(weights, factors[site.name], job.outliers(site), weights_recipe)
+        lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
+        job.advance("solve", 1 / len(tasks))
+        return matrix, lost, total, time.perf_counter() - began
+
+    solved = dict(zip([(t[1].name, t[2]) for t in tasks], job.workers.map(solve, tasks), strict=True))
+    modules: dict[str, QuantizedLinear] = {}
+    entries: list[dict[str, Any]] = []
+    for site in job.sites:
+        for linear in site.linears:
+            layer = job.layer(linear)
+            parts = [solved[linear.name, row] for row in range(0, linear.rows, ROW_CHUNK)]
+            order = job.orders[site.name] if layer.spec.permutation else None
+            matrix = join_rows([part[0] for part in parts], order)
+            bias = job.block.get_submodule(linear.name).bias
+            module = QuantizedLinear.from_matrix(layer.name, layer.spec, job.recipe.activations, matrix, bias)
+            if linear is not site.leader and layer.spec.permutation:
+                module.share_permutation(modules[site.leader.name])
+            modules[linear.name] = module
+            factor = factors[site.name]
+            total = sum(part[2] for part in parts)
+            entries.append(
+                {
+                    "block": job.index,
+                    "linear": layer.name,
+                    "site": site.name,
+                    "shape": [linear.rows, linear.columns],
+                    "outliers": layer.spec.outliers,
+                    "bits": layer.bits_per_weight,
+                    "error": sum(part[1] for part in parts) / total if total else 0.0,
+                    "damping": factor.damping,
+                    "rescue": factor.rescue,
+                    "dead_inputs": int(factor.dead.sum()),
+                    "seconds": sum(part[3] for part in parts),
+                }
+            )
+    return modules, entries
+
+
+def propagate(job: BlockJob, modules: dict[str, QuantizedLinear], source: Stream, target: Stream, full: Stream) -> float:
+    """Step 4: move the quantized stream on; returns its relative squared distance from the full-precision stream."""
+    for name, module in modules.items():
+        job.block.set_submodule(name, module)
+
+    def unit(index: int) -> tuple[float, float]:
+        hidden = run_block(job.block, source.read(index), job.arguments(cached=True))
+        target.write(index, hidden)
+        reference = full.read(index)
+        job.advance("propagate", 1 / source.shape[0])
+        distance = (hidden - reference).double().square().sum()
+        return float(distance), float(reference.double().square().sum())
+
+    with dense_weights(job.block):
+        results = job.workers.map(unit, range(source.shape[0]))
+    total = sum(result[1] for result in results)
+    return sum(result[0] for result in results) / total if total else 0.0
+
+
+def _view(block: nn.Module) -> nn.Module:
+    """A second tree of the same parameters, for hooks of one thread's own."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*block.parameters(), *block.buffers()]}
+    # Configs are shared too: copying them for every sequence is slow, and nothing changes them.
+    for module in block.modules():
+        config = module.__dict__.get("config")
+        if config is not None:
+            memo[id(config)] = config
+    return copy.deepcopy(block, memo)

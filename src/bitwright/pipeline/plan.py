@@ -1,0 +1,253 @@
+"""A recipe resolved against one model: every layer, its exact bytes and bits, and what the run will need.
+
+Made from config.json and the headers of the weight files alone. What `quantize` writes is held to it, byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright.artifact.layout import LayerSpec, Shape, counted, layer_shapes, shard_name
+from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
+from bitwright.calibration.statistics import wave_sequences
+from bitwright.errors import ModelError, RecipeError
+from bitwright.models import Checkpoint, Skeleton
+from bitwright.recipe import Recipe, outlier_count
+from bitwright.workers import default_threads
+
+# Python, torch and transformers as they are once imported; measured.
+BASE_MEMORY = 460 << 20
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear: where it stands, how it will be stored."""
+
+    name: str
+    block: int
+    site: str
+    spec: LayerSpec
+    shapes: dict[str, Shape]
+
+    @property
+    def bytes(self) -> int:
+        """Honest bytes: codes, levels, scales, outliers, permutation."""
+        return sum(shape_bytes(shape) for name, shape in self.shapes.items() if counted(name))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bytes * 8 / self.spec.weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole model under one recipe."""
+
+    model: str
+    architecture: str
+    recipe: Recipe
+    layers: tuple[LayerPlan, ...]
+    kept: dict[str, Shape]
+    shards: tuple[dict[str, Shape], ...]
+    original_bytes: int
+    parameters: int
+    length: int
+    context: int
+    peak_memory: int
+    work_disk: int
+    ignored: tuple[str, ...] = field(default=())
+
+    @property
+    def linear_weights(self) -> int:
+        return sum(layer.spec.weights for layer in self.layers)
+
+    @property
+    def linear_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def linear_bits(self) -> float:
+        """Honest bits a weight of the quantized linears."""
+        return self.linear_bytes * 8 / self.linear_weights
+
+    @property
+    def tensor_bytes(self) -> int:
+        """All tensors of the artifact, embeddings and head included."""
+        return sum(shape_bytes(shape) for shard in self.shards for shape in shard.values())
+
+    @property
+    def shard_bytes(self) -> list[int]:
+        return [file_bytes(shard) for shard in self.shards]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all weight files together, headers included."""
+        return sum(self.shard_bytes)
+
+    @property
+    def model_bits(self) -> float:
+        """Bits a parameter of the whole model, headers included."""
+        return self.total_bytes * 8 / self.parameters
+
+    def shard_names(self) -> list[str]:
+        return [shard_name(index, len(self.shards)) for index in range(len(self.shards))]
+
+    def layers_of(self, block: int) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.block == block]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "recipe": self.recipe.to_dict(),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "site": layer.site,
+                    "shape": [layer.spec.rows, layer.spec.columns],
+                    "outliers": layer.spec.outliers,
+                    "bytes": layer.bytes,
+                    "bits": layer.bits_per_weight,
+                }
+                for layer in self.layers
+            ],
+            "kept": {name: shape_bytes(shape) for name, shape in self.kept.items()},
+            "ignored": list(self.ignored),
+            "shards": dict(zip(self.shard_names(), self.shard_bytes, strict=True)),
+            "linear_weights": self.linear_weights,
+            "linear_bytes": self.linear_bytes,
+            "linear_bits": self.linear_bits,
+            "parameters": self.parameters,
+            "total_bytes": self.total_bytes,
+            "model_bits": self.model_bits,
+            "original_bytes": self.original_bytes,
+            "calibration_length": self.length,
+            "peak_memory": self.peak_memory,
+            "work_disk": self.work_disk,
+        }
+
+
+def plan(model: str | Path, recipe: Recipe, probes: int = 0, threads: int | None = None) -> Plan:
+    """Resolve `recipe` against the model directory. Raises ModelError or RecipeError; reads no weights."""
+    return plan_for(Skeleton(Checkpoint(model)), recipe, probes, threads)
+
+
+def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int | None = None) -> Plan:
+    """As `plan`, for a skeleton at hand. `probes` sequences are carried along for measuring only."""
+    checkpoint = skeleton.checkpoint
+    context = int(getattr(skeleton.config.get_text_config(decoder=True), "max_position_embeddings", 2048) or 2048)
+    length = min(2048, context) if recipe.calibration.length == "auto" else recipe.calibration.length
+    if length > context:
+        raise RecipeError(
+            f"calibration.length = {length} is longer than the model's context of {context}; write {context} or less"
+        )
+    layers: list[LayerPlan] = []
+    kept: dict[str, Shape] = {}
+    shards: list[dict[str, Shape]] = [{name: _stored(checkpoint, name) for name in skeleton.outer_tensor_names()}]
+    kept.update(shards[0])
+    for block in range(len(skeleton.blocks)):
+        own = _plan_block(skeleton, recipe, block)
+        layers.extend(own)
+        prefix = skeleton.block_name(block)
+        replaced = {f"{layer.name}.{part}" for layer in own for part in ("weight", "bias")}
+        rest = {
+            f"{prefix}.{name}": _stored(checkpoint, f"{prefix}.{name}")
+            for name in skeleton.block_tensor_names(block)
+            if f"{prefix}.{name}" not in replaced
+        }
+        kept.update(rest)
+        shards.append({**rest, **{name: shape for layer in own for name, shape in layer.shapes.items()}})
+    names = set(skeleton.model.state_dict()) & set(checkpoint.tensors)
+    sequences = recipe.calibration.sequences + probes
+    return Plan(
+        model=checkpoint.directory.resolve().name,
+        architecture=type(skeleton.model).__name__,
+        recipe=recipe,
+        layers=tuple(layers),
+        kept=kept,
+        shards=tuple(shards),
+        original_bytes=sum((checkpoint.directory / file).stat().st_size for file in checkpoint.files),
+        parameters=sum(checkpoint.tensors[name].elements for name in names),
+        length=length,
+        context=context,
+        peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
+        work_disk=_work_disk(skeleton, shards, sequences, length),
+        ignored=tuple(skeleton.ignored),
+    )
+
+
+def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPlan]:
+    prefix = skeleton.block_name(block)
+    layers = []
+    for site in skeleton.sites(block):
+        try:
+            outliers = outlier_count(site.columns, recipe.weights.outliers)
+        except RecipeError as error:
+            raise RecipeError(f"{prefix}.{site.leader.name}: {error}") from None
+        if site.columns < 8:
+            raise ModelError(f"{prefix}.{site.leader.name} has {site.columns} inputs; at least 8 are needed")
+        moves = outliers > 0 or recipe.weights.order != "none"
+        for linear in site.linears:
+            name = f"{prefix}.{linear.name}"
+            spec = LayerSpec(
+                rows=linear.rows,
+                columns=linear.columns,
+                bits=recipe.weights.bits,
+                group=recipe.weights.group,
+                kind="uniform" if recipe.weights.levels == "uniform" else "free",
+                outliers=outliers,
+                bias=linear.bias,
+                permutation=f"{prefix}.{site.leader.name}" if moves else None,
+            )
+            dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
+            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype)))
+    return layers
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Shape:
+    info = checkpoint.info(name)
+    return TORCH_DTYPES[info.dtype], info.shape
+
+
+def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, length: int, threads: int) -> int:
+    """An upper estimate in bytes of the run's resident memory: the larger of its three phases, plus the libraries.
+
+    Embedding: the parameters outside the blocks in fp32. Statistics: one block in fp32, its Hessians and one wave of
+    site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers.
+    """
+    outer = sum(4 * skeleton.checkpoint.tensors[name].elements for name in skeleton.outer_tensor_names())
+    vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
+    embedding = outer + 3 * 4 * length * vocabulary * threads
+    worst = 0
+    for block in range(len(skeleton.blocks)):
+        own = [layer for layer in layers if layer.block == block]
+        weights = 4 * sum(layer.spec.weights for layer in own)
+        columns = [site.columns for site in skeleton.sites(block)]
+        hessians = sum(4 * c * c for c in columns)
+        wave = 4 * length * wave_sequences(length) * sum(columns)
+        forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
+        factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
+        worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
+    return BASE_MEMORY + max(worst, embedding)
+
+
+def _work_disk(skeleton: Skeleton, shards: list[dict[str, Shape]], sequences: int, length: int) -> int:
+    """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block."""
+    width = int(skeleton.model.get_input_embeddings().embedding_dim)  # type: ignore[operator, union-attr, arg-type]
+    return sum(file_bytes(shard) for shard in shards) + 4 * sequences * length * width * 4
+
+
+def check_disk(needed: int, directory: Path) -> None:
+    """Refuse to start what the disk cannot hold. Raises RunError."""
+    from bitwright.errors import RunError
+
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"{directory} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB;"
+            " free some space or give an output on another disk"
+        )

@@ -1,0 +1,363 @@
+"""A plan carried out: block by block from a model directory to an artifact, resumable at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+
+import bitwright
+from bitwright.artifact.card import write_card
+from bitwright.artifact.layout import FORMAT_VERSION, MANIFEST_NAME, QUANT_METHOD
+from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
+from bitwright.artifact.shards import write_shard, write_text
+from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
+from bitwright.errors import BitwrightError, RunError
+from bitwright.models import Checkpoint, Skeleton
+from bitwright.models.skeleton import embed, head
+from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, measure_hessians, propagate, solve_block
+from bitwright.pipeline.plan import Plan, check_disk, plan_for
+from bitwright.pipeline.state import RunDirectory, RunState
+from bitwright.recipe import Recipe
+from bitwright.runtime import QuantizedLinear
+from bitwright.workers import Workers
+
+# Files of the model directory that go along: what from_pretrained, generate and chat read beside the weights.
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+class Reporter(Protocol):
+    """Who is told how far a run has come."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None:
+        """`fraction` of one block's work is done; the fractions of a block add up to one."""
+
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None: ...
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` leaves: the directory, the plan it was held to, the log, and what was measured on the way."""
+
+    directory: Path
+    plan: Plan
+    log: list[dict[str, Any]]
+    measured: dict[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    calibration: Text,
+    *,
+    evaluation: Text | None = None,
+    evaluation_windows: int = 32,
+    threads: int | None = None,
+    restart: bool = False,
+    log_file: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Quantized:
+    """Quantize the model directory into the artifact `output`.
+
+    model        Hugging Face directory: config.json, safetensors, tokenizer
+    calibration  text from which recipe.calibration draws its segments
+    evaluation   text on which both models are measured on the way, for the card; windows of the calibration's length
+    log_file     JSON lines, one a linear; default `output` + ".log.jsonl"
+
+    The same inputs give the same bytes in `output`, with any number of threads, broken off and resumed or not.
+    Raises ModelError, RecipeError, TextError or RunError; OSError where the disk fails.
+    """
+    return _Run(
+        model, output, recipe, calibration, evaluation, evaluation_windows, threads, restart, log_file, reporter or Silent()
+    ).carry_out()
+
+
+class _Run:
+    """One call of `quantize`."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        output: str | Path,
+        recipe: Recipe,
+        calibration: Text,
+        evaluation: Text | None,
+        evaluation_windows: int,
+        threads: int | None,
+        restart: bool,
+        log_file: str | Path | None,
+        reporter: Reporter,
+    ) -> None:
+        self.recipe, self.calibration, self.evaluation = recipe, calibration, evaluation
+        self.restart, self.reporter, self.threads = restart, reporter, threads
+        self.checkpoint = Checkpoint(model)
+        self.skeleton = Skeleton(self.checkpoint)
+        self.plan = plan_for(self.skeleton, recipe, 0, threads)
+        self.output = Path(output).absolute()
+        self.log_file = Path(log_file) if log_file else self.output.with_name(self.output.name + ".log.jsonl")
+        tokenizer = load_tokenizer(self.checkpoint.directory)
+        text_config = self.skeleton.config.get_text_config(decoder=True)
+        tokens = tokenize(tokenizer, calibration, text_config.vocab_size)
+        asked, length = recipe.calibration, self.plan.length
+        self.windows = random_windows(tokens, asked.sequences, length, asked.seed, calibration)
+        self.probes = 0
+        if evaluation is not None:
+            held_out = tokenize(tokenizer, evaluation, text_config.vocab_size)
+            held_out = consecutive_windows(held_out, length, evaluation_windows, evaluation)
+            self.probes = len(held_out)
+            self.windows = torch.cat([self.windows, held_out])
+            self.plan = plan_for(self.skeleton, recipe, self.probes, threads)
+        self.directory = RunDirectory(self.output)
+
+    def carry_out(self) -> Quantized:
+        facts = self._facts()
+        if self.output.exists():
+            return self._already_there(facts)
+        with self.directory.locked():
+            if self.restart:
+                self.directory.restart()
+            state = self.directory.load()
+            if state is None:
+                check_disk(self.plan.work_disk, self.directory.path)
+            else:
+                self.directory.check(state, facts)
+                self.directory.clean(state)
+                self.reporter.note(f"resuming: {state.completed} of {len(self.skeleton.blocks)} blocks are done")
+            with Workers(self.threads) as workers, torch.inference_mode():
+                if state is None:
+                    state = self._start(facts, workers)
+                self.reporter.begin(self.plan, state.completed)
+                calls = self._calls()
+                while state.completed < len(self.skeleton.blocks):
+                    self._do_block(state, calls[state.completed], workers)
+                measured = self._measure(state, workers)
+            self._finish(state, facts, measured)
+            self._write_log(state)
+            self.directory.publish()
+        return Quantized(self.output, self.plan, state.log, measured)
+
+    def _facts(self) -> dict[str, Any]:
+        """Everything that the bytes of the artifact depend on; kept in the manifest, compared on resume."""
+        digests = self.checkpoint.digests()
+        return {
+            "bitwright": bitwright.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "recipe": self.recipe.to_dict(),
+            "model": {"name": self.plan.model, "files": digests},
+            "calibration": {"name": self.calibration.name, "sha256": self.calibration.sha256},
+            "evaluation": self.evaluation
+            and {"name": self.evaluation.name, "sha256": self.evaluation.sha256, "windows": self.probes},
+            "windows": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+        }
+
+    def _already_there(self, facts: dict[str, Any]) -> Quantized:
+        """The same command again after it has finished: say so. Anything else in the way is not touched."""
+        try:
+            manifest = read_manifest(self.output)
+        except BitwrightError:
+            raise RunError(f"{self.output} exists and is no finished artifact; give another output or remove it") from None
+        differing = sorted(key for key, value in facts.items() if manifest.get(key) != value)
+        if differing:
+            raise RunError(
+                f"{self.output} already holds another artifact (it differs in {', '.join(differing)});"
+                " give another output or remove it"
+            )
+        if self.directory.path.exists():
+            self.directory.remove()
+        self.reporter.note(f"{self.output} is already complete; nothing to do")
+        return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"])
+
+    def _shape(self) -> tuple[int, int, int]:
+        embedding: Any = self.skeleton.model.get_input_embeddings()  # type: ignore[operator]
+        return (len(self.windows), self.plan.length, int(embedding.embedding_dim))
+
+    def _stream(self, state: RunState, role: str) -> Stream:
+        return Stream.open(self.directory.path / state.streams[role], self._shape())
+
+    def _start(self, facts: dict[str, Any], workers: Workers) -> RunState:
+        """Shard 0 and the hidden states before block 0."""
+        self.directory.restart()
+        self.directory.artifact.mkdir(parents=True, exist_ok=True)
+        state = RunState(facts)
+        names = self.skeleton.outer_tensor_names()
+        self._write_shard(state, 0, self.checkpoint.load(names, dtype=None))
+        values = self.checkpoint.load(names)
+        target = Stream.create(self.directory.path / "stream-0.f32", self._shape())
+        # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
+        for index in range(len(self.windows)):
+            hidden, _ = embed(self.skeleton, values, self.windows[index : index + 1])[0]
+            target.write(index, hidden)
+        target.finish()
+        # One file serves both streams until they part in block 0.
+        state.streams = {"full": target.path.name, "quantized": target.path.name}
+        self._seal(state)
+        return state
+
+    def _calls(self) -> list[dict[str, Any]]:
+        """What the model passes to each block beside the hidden states: the same for every window."""
+        values = self.checkpoint.load(self.skeleton.outer_tensor_names())
+        return [kwargs for _, kwargs in embed(self.skeleton, values, self.windows[:1])]
+
+    def _do_block(self, state: RunState, call: dict[str, Any], workers: Workers) -> None:
+        index = state.completed
+        job = BlockJob(
+            index=index,
+            depth=len(self.skeleton.blocks),
+            name=self.skeleton.block_name(index),
+            block=self.skeleton.fill_block(index),
+            sites=self.skeleton.sites(index),
+            layers={layer.name: layer for layer in self.plan.layers_of(index)},
+            recipe=self.recipe,
+            calls=call,
+            sequences=self.recipe.calibration.sequences,
+            workers=workers,
+            advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
+        )
+        paths = {role: self.directory.path / f"stream-{index + 1}-{role}.f32" for role in ("full", "quantized")}
+        source_full, source = self._stream(state, "full"), self._stream(state, "quantized")
+        full = Stream.create(paths["full"], self._shape())
+        measure_energy(job, source_full, full)
+        hessians = measure_hessians(job, source)
+        modules, entries = solve_block(job, hessians)
+        del hessians
+        quantized = Stream.create(paths["quantized"], self._shape())
+        distance = propagate(job, modules, source, quantized, full)
+        for entry in entries:
+            entry["stream_error"] = distance
+        self._write_shard(state, index + 1, self._block_tensors(index, modules))
+        full.finish()
+        quantized.finish()
+        old = set(state.streams.values())
+        state.streams = {role: path.name for role, path in paths.items()}
+        state.log.extend(entries)
+        state.completed = index + 1
+        self._seal(state)
+        for name in old:
+            (self.directory.path / name).unlink()
+        self._write_log(state)
+        self.reporter.block_done(index, entries)
+
+    def _block_tensors(self, index: int, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+        """Everything of shard `index + 1`: packed linears, and what stays as it was, in its stored dtype."""
+        shapes = self.plan.shards[index + 1]
+        prefix = self.skeleton.block_name(index)
+        packed = {
+            f"{prefix}.{name}.{part}": tensor
+            for name, module in modules.items()
+            for part, tensor in module.state_dict().items()
+        }
+        kept = [name for name in shapes if name in self.plan.kept]
+        biases = [name for name in shapes if name.endswith(".bias") and name not in self.plan.kept]
+        packed.update(self.checkpoint.load([*kept, *biases], dtype=None))
+        for name in packed:
+            if name.endswith(".weight") and name not in self.plan.kept:
+                packed[name] = torch.empty(0, dtype=shapes[name][0])
+        return packed
+
+    def _write_shard(self, state: RunState, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard `index`, held to the plan: same tensors, same shapes, same size."""
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if shapes != self.plan.shards[index]:
+            raise RunError(f"shard {index} is not what the plan says; this is a defect of bitwright, please report it")
+        name = self.plan.shard_names()[index]
+        state.shards[name] = asdict(write_shard(self.directory.artifact / name, tensors))
+
+    def _seal(self, state: RunState) -> None:
+        """Hash the streams that the next block needs, then record everything in one step."""
+        from bitwright.models.checkpoint import sha256_file
+
+        digests = {name: sha256_file(self.directory.path / name) for name in set(state.streams.values())}
+        state.stream_sha256 = {role: digests[name] for role, name in state.streams.items()}
+        self.directory.save(state)
+
+    def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
+        """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
+        values = self.checkpoint.load(self.skeleton.outer_tensor_names())
+        measured: dict[str, Any] = {}
+        parts = {"calibration": range(self.recipe.calibration.sequences)}
+        if self.probes:
+            parts["evaluation"] = range(self.recipe.calibration.sequences, len(self.windows))
+        with head(self.skeleton, values) as logits:
+            for part, indices in parts.items():
+                losses = {}
+                for role in ("full", "quantized"):
+                    stream = self._stream(state, role)
+
+                    def unit(index: int, stream: Stream = stream) -> float:
+                        scores = logits(stream.read(index))[0, :-1]
+                        return float(torch.nn.functional.cross_entropy(scores, self.windows[index, 1:]))
+
+                    losses[role] = sum(workers.map(unit, indices)) / len(indices)
+                measured[part] = {
+                    "windows": len(indices),
+                    "length": self.plan.length,
+                    "loss_original": losses["full"],
+                    "loss_quantized": losses["quantized"],
+                    "excess": losses["quantized"] - losses["full"],
+                }
+        return measured
+
+    def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any]) -> None:
+        """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
+        directory = self.directory.artifact
+        for pattern in CARRIED:
+            for path in sorted(self.checkpoint.directory.glob(pattern)):
+                if path.is_file():
+                    shutil.copyfile(path, directory / path.name)
+        config = dict(self.checkpoint.config)
+        config["architectures"] = [type(self.skeleton.model).__name__]
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "requires": [],
+            "recipe": self.recipe.to_dict(),
+            "layers": {layer.name: layer.spec.to_dict() for layer in self.plan.layers},
+        }
+        write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
+        write_index(directory, state.shards, self.plan.tensor_bytes)
+        layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
+        write_card(directory, self.plan, layers, measured, facts)
+        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers})
+        assert (directory / MANIFEST_NAME).exists()
+
+    def _write_log(self, state: RunState) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
+        write_text(self.log_file, lines)
+
+
+def read_texts(paths: Sequence[str | Path], join: str = "none") -> Text:
+    """Calibration or evaluation text from files; see bitwright.calibration.text.read_text."""
+    from bitwright.calibration import read_text
+
+    return read_text(list(paths), join)

@@ -1,0 +1,221 @@
+"""The recipe: everything that was asked for, and nothing about the model it will be applied to.
+
+A recipe is immutable, validated, and serialises to the same JSON bytes for equal content, so that it can be part of
+the fingerprint of a run and of the artifact. Presets carry the methods' names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitwright.errors import RecipeError
+
+OutlierCount = Literal["auto"] | int
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class WeightRecipe(_Part):
+    """How the weights of a linear layer become codes, levels and int8 outlier columns (BWA, sections 2.1 to 2.3)."""
+
+    method: Literal["bwa", "rtn"] = "bwa"
+    bits: int = Field(2, ge=1, le=4, description="bits of a code; 2 is the paper's 1+1")
+    group: int = Field(128, ge=8, le=4096, description="input channels that share a codebook")
+    levels: Literal["em", "dp", "minmax", "uniform"] = Field(
+        "em",
+        description="em: weighted Lloyd iterations (paper); dp: the exact optimum; minmax: equally spaced between the"
+        " extremes of the group; uniform: round-to-nearest grid with a zero point",
+    )
+    em_iterations: int = Field(20, ge=1, le=1000)
+    importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
+        "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
+    )
+    feedback: Literal["none", "block-diag", "block-tri", "column"] = Field(
+        "block-diag", description="how the error of a block reaches the later columns; block-diag is the paper's listing"
+    )
+    feedback_outliers: bool = Field(True, description="the outlier columns absorb error too (erratum E5)")
+    order: Literal["ascending", "descending", "none"] = Field(
+        "ascending", description="order of the normal channels by activation energy; outliers are always last"
+    )
+    outliers: OutlierCount = Field("auto", description="input channels kept in int8; auto: about 3 %, see outlier_count")
+    damping: float = Field(0.01, gt=0.0, le=1.0, description="share of the mean diagonal of H that is added to it")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> WeightRecipe:
+        if self.group % 8:
+            raise ValueError(f"group = {self.group} is not a multiple of 8; write for example 64 or 128")
+        if isinstance(self.outliers, int) and self.outliers < 0:
+            raise ValueError(f"outliers = {self.outliers} is negative; write 'auto', 0 or a positive number")
+        if self.method == "rtn" and (self.levels != "uniform" or self.feedback != "none"):
+            raise ValueError(
+                f"method 'rtn' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
+                " write levels = 'uniform' and feedback = 'none'"
+            )
+        return self
+
+
+class ActivationRecipe(_Part):
+    """The dynamic 4-bit quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
+
+    bits: Literal[4, 8] = 4
+    balance: Literal["support", "literal", "none"] = Field(
+        "support", description="free plane scales: averaged over the plane's support, over all positions, or not at all"
+    )
+    clip: float = Field(1.0, gt=0.0, le=1.0, description="share of the range min..max that the codes span")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ActivationRecipe:
+        if self.bits != 4 and self.balance != "none":
+            raise ValueError("balance is defined for 4 planes only; write balance = 'none' with bits = 8")
+        return self
+
+
+class KVRecipe(_Part):
+    """The key-value cache: asymmetric, one scale and minimum a token and head."""
+
+    bits: Literal[4, 8] = 4
+
+
+class CalibrationRecipe(_Part):
+    """Random segments of the calibration text (GPTQ's protocol)."""
+
+    sequences: int = Field(128, ge=1)
+    length: Literal["auto"] | int = Field("auto", description="tokens a segment; auto: 2048 or the model's context")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> CalibrationRecipe:
+        if isinstance(self.length, int) and self.length < 8:
+            raise ValueError(f"length = {self.length} is too short to say anything; write 8 or more")
+        return self
+
+
+class Recipe(_Part):
+    """A complete recipe. `activations = None` keeps 16-bit activations, `kv = None` a 16-bit cache."""
+
+    name: str = "bwa"
+    weights: WeightRecipe = WeightRecipe()
+    activations: ActivationRecipe | None = ActivationRecipe()
+    kv: KVRecipe | None = KVRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same bytes for equal recipes."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Validate `data`. Raises RecipeError that names the key, what was found and what to write instead."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise RecipeError(f"{source}: {_explain(error)}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a JSON file; keys that are left out keep the values of preset `bwa`."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RecipeError(f"recipe {path} is not valid JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe {path} holds a {type(data).__name__}; a JSON object was expected")
+        return cls.from_dict(data, str(path))
+
+    def with_options(self, options: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced: `{"weights.outliers": 0, "kv": None}`."""
+        data = self.to_dict()
+        for key, value in options.items():
+            *parents, leaf = key.split(".")
+            node = data
+            for depth, parent in enumerate(parents):
+                child = node.get(parent)
+                if child is None and parent in node:
+                    raise RecipeError(f"recipe: {key} has no effect because {'.'.join(parents[: depth + 1])} is off")
+                if not isinstance(child, dict):
+                    raise RecipeError(f"recipe: {_unknown(key, node, parent)}")
+                node = child
+            if leaf not in node:
+                raise RecipeError(f"recipe: {_unknown(key, node, leaf)}")
+            node[leaf] = value
+        return Recipe.from_dict(data)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`weights.outliers=0` -> ("weights.outliers", 0). The value is JSON where it parses, else the bare word."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
+    if value in ("none", "off") and key.strip() in ("kv", "activations"):
+        return key.strip(), None
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), value.strip()
+
+
+def outlier_count(columns: int, asked: OutlierCount) -> int:
+    """Number of int8 input channels of a linear with `columns` inputs.
+
+    `auto` keeps the paper's share: columns / 32 rounded to a multiple of 16, at least 16, at most half of the columns.
+    Raises RecipeError when more than `columns - 1` are asked for.
+    """
+    if asked == "auto":
+        return min(max(16, int(columns / 32 / 16 + 0.5) * 16), columns // 2)
+    if asked >= columns:
+        raise RecipeError(
+            f"weights.outliers = {asked} leaves nothing to quantize in a layer with {columns} inputs;"
+            f" write a number below {columns} or 'auto'"
+        )
+    return asked
+
+
+PRESETS: dict[str, Recipe] = {
+    "bwa": Recipe(name="bwa"),
+    "rtn": Recipe(
+        name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of that name. Raises RecipeError that lists the presets."""
+    if name not in PRESETS:
+        raise RecipeError(f"there is no preset {name!r}; the presets are {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
+
+
+def _unknown(key: str, node: Mapping[str, Any], word: str) -> str:
+    close = difflib.get_close_matches(word, list(node), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the keys there are {', '.join(node)}"
+    return f"there is no key {key!r}; {hint}"
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a pydantic report in one sentence, in this project's words."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['auto']")) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        *parents, leaf = [str(part) for part in problem["loc"]]
+        fields: Any = Recipe.model_fields
+        for parent in parents:
+            annotation = fields[parent].annotation
+            part = next(p for p in (annotation, *getattr(annotation, "__args__", ())) if hasattr(p, "model_fields"))
+            fields = part.model_fields
+        return _unknown(where, fields, leaf)
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    return f"{where} = {problem['input']!r}: {problem['msg'].lower()}"

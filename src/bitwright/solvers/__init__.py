@@ -1,0 +1,18 @@
+"""Solvers: pure functions (weights, factor of the Hessian, outlier count, recipe) -> CodebookMatrix; they know no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bitwright.codebook import CodebookMatrix
+from bitwright.recipe import WeightRecipe
+from bitwright.solvers import bwa, rtn
+from bitwright.solvers.feedback import join_rows as join_rows
+from bitwright.solvers.hessian import Factor as Factor
+from bitwright.solvers.hessian import factorize as factorize
+from bitwright.solvers.hessian import output_error as output_error
+
+Solver = Callable[[Tensor, Factor, int, WeightRecipe], CodebookMatrix]
+SOLVERS: dict[str, Solver] = {"bwa": bwa.solve, "rtn": rtn.solve}

@@ -1,0 +1,3 @@
+"""Transforms of a site's input, exactly undone in its weights."""
+
+from bitwright.transforms.permutation import channel_order as channel_order
