@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from bitwright.artifact.manifest import verify
     from bitwright.errors import BitwrightError
     from bitwright.evaluation import evaluate, load
-    from bitwright.pipeline import plan, quantize
+    from bitwright.pipeline.plan import plan
+    from bitwright.pipeline.run import quantize
     from bitwright.recipe import PRESETS as presets
     from bitwright.recipe import Recipe, preset
 

@@ -1,4 +1,4 @@
-"""What can go wrong by a user's doing. Each message is one sentence or two: what was found, what was expected, what to do."""
+"""What can go wrong by a user's doing. Each message says what was found, what was expected, and what to do."""
 
 from __future__ import annotations
 

@@ -39,13 +39,16 @@ class WeightRecipe(_Part):
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
     )
     feedback: Literal["none", "block-diag", "block-tri", "column"] = Field(
-        "block-diag", description="how the error of a block reaches the later columns; block-diag is the paper's listing"
+        "block-diag",
+        description="how the error of a block reaches the later columns; block-diag is the paper's listing",
     )
     feedback_outliers: bool = Field(True, description="the outlier columns absorb error too (erratum E5)")
     order: Literal["ascending", "descending", "none"] = Field(
         "ascending", description="order of the normal channels by activation energy; outliers are always last"
     )
-    outliers: OutlierCount = Field("auto", description="input channels kept in int8; auto: about 3 %, see outlier_count")
+    outliers: OutlierCount = Field(
+        "auto", description="input channels kept in int8; auto: about 3 %, see outlier_count"
+    )
     damping: float = Field(0.01, gt=0.0, le=1.0, description="share of the mean diagonal of H that is added to it")
 
     @model_validator(mode="after")
@@ -185,9 +188,7 @@ def outlier_count(columns: int, asked: OutlierCount) -> int:
 
 PRESETS: dict[str, Recipe] = {
     "bwa": Recipe(name="bwa"),
-    "rtn": Recipe(
-        name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")
-    ),
+    "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
 }
 
 

@@ -2,7 +2,8 @@
 
 This is the executable specification that kernels are tested against. One output is
 
-    y_j = sum over groups l of  sum_a mu_{l,a} (alpha_1 v_1 + beta_1 r_1 + alpha_0 v_0 + beta_0 r_0)  -  mu_l z_l S_{j,l}
+    y_j = sum over groups l of
+              sum_a mu_{l,a} (alpha_1 v_1 + beta_1 r_1 + alpha_0 v_0 + beta_0 r_0)  -  mu_l z_l S_{j,l}
           + s_j s_x sum over outlier channels of w8 x8  + bias_j
 
 with the counts, over the 128 channels of a group and for the plane b_a of the activation codes,
@@ -35,9 +36,7 @@ def plane_counts(q: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
     return count(q & b & m), count(q & b & ~m), count(b & m), count(b & ~m)
 
 
-def quantized_linear(
-    x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, bias: Tensor | None = None
-) -> Tensor:
+def quantized_linear(x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, bias: Tensor | None = None) -> Tensor:
     """x [tokens, columns] in the model's channel order -> y fp64 [tokens, rows], by the sums above.
 
     For codebooks of two bits, free or uniform: any four levels are two affine pairs.

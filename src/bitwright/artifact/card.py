@@ -73,8 +73,8 @@ Relative output error on the calibration inputs (quantized activations in, weigh
 | linear | shape | outliers | bits | error | damping | rescue |
 |---|---|---|---|---|---|---|
 {% for entry in layers -%}
-| {{ entry.linear }} | {{ entry.shape[0] }} x {{ entry.shape[1] }} | {{ entry.outliers }} | {{ "%.4f"|format(entry.bits) }} \
-| {{ "%.5f"|format(entry.error) }} | {{ entry.damping }} | {{ entry.rescue or "" }} |
+| {{ entry.linear }} | {{ entry.shape[0] }} x {{ entry.shape[1] }} | {{ entry.outliers }} | \
+{{ "%.4f"|format(entry.bits) }} | {{ "%.5f"|format(entry.error) }} | {{ entry.damping }} | {{ entry.rescue or "" }} |
 {% endfor %}"""
 
 
@@ -96,7 +96,9 @@ def write_card(
         exp=math.exp,
         recipe_json=json.dumps(recipe.to_dict(), sort_keys=True),
         activation_bits=recipe.activations.bits if recipe.activations else 16,
-        activation_words=f"activations to {recipe.activations.bits} bits" if recipe.activations else "16-bit activations",
+        activation_words=f"activations to {recipe.activations.bits} bits"
+        if recipe.activations
+        else "16-bit activations",
         kv_words=f"the key-value cache to {recipe.kv.bits} bits" if recipe.kv else "a 16-bit key-value cache",
     )
     write_text(directory / CARD_NAME, text)

@@ -51,10 +51,14 @@ class LayerSpec:
         """Unknown keys are ignored (they may be notes of a newer minor version); missing ones are an error."""
         missing = [field.name for field in fields(cls) if field.name not in data]
         if missing:
-            raise ArtifactError(f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged")
+            raise ArtifactError(
+                f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged"
+            )
         spec = cls(**{field.name: data[field.name] for field in fields(cls)})
         if spec.kind not in KINDS:
-            raise ArtifactError(f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}")
+            raise ArtifactError(
+                f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
+            )
         return spec
 
     @property

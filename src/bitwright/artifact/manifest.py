@@ -58,7 +58,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"there is no artifact directory {directory}")
     path = directory / MANIFEST_NAME
     if not path.exists():
-        raise ArtifactError(f"{directory} has no {MANIFEST_NAME}: it is no bitwright artifact, or its manifest is missing")
+        raise ArtifactError(
+            f"{directory} has no {MANIFEST_NAME}: it is no bitwright artifact, or its manifest is missing"
+        )
     content = read_json(path, ArtifactError)
     expected = content.get("sha256")
     rest = {key: value for key, value in content.items() if key != "sha256"}

@@ -1,4 +1,4 @@
-"""Writing safetensors files: byte for byte predictable, so that a plan knows their size and equal tensors give equal files.
+"""Writing safetensors files, byte for byte predictable: a plan knows their size, and equal tensors give equal files.
 
 The safetensors library reads them; the writer is ours because its order and padding are part of docs/format.md and of
 the reproducibility promise: tensors by falling element size, then by name, so that each one is aligned.
@@ -109,7 +109,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: None if file.write(text.encode("utf-8")) else None)
+    """As write_atomically, for a whole text in UTF-8."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode("utf-8"))
+
+    write_atomically(path, write)
 
 
 def sync_directory(path: Path) -> None:

@@ -26,7 +26,7 @@ class Stream:
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int, int]) -> Stream:
-        """A new file of the full size; the blocks are allocated, so a full disk is an error here and not a crash later."""
+        """A new file of the full size, allocated: a full disk is an error here and not a crash later."""
         size = int(np.prod(shape)) * 4
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):

@@ -44,7 +44,9 @@ def read_text(paths: list[str | Path], join: str = "none") -> Text:
     if separator is not None:
         contents = [separator.join(line.strip() for line in content.splitlines()) for content in contents]
     content = "\n\n".join(contents)
-    return Text("+".join(Path(path).name for path in paths), content, hashlib.sha256(content.encode("utf-8")).hexdigest())
+    return Text(
+        "+".join(Path(path).name for path in paths), content, hashlib.sha256(content.encode("utf-8")).hexdigest()
+    )
 
 
 def text_of(name: str, content: str) -> Text:
@@ -56,7 +58,9 @@ def text_of(name: str, content: str) -> Text:
 
 def _read_one(path: Path) -> str:
     try:
-        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        raw = path.read_bytes()
+        if path.suffix == ".xz":
+            raw = lzma.decompress(raw)
     except FileNotFoundError:
         raise TextError(f"text file {path} does not exist") from None
     except IsADirectoryError:

@@ -25,8 +25,10 @@ from bitwright.runtime import QuantizedKVCache, QuantizedLinear, quantized_linea
 class BitwrightConfig(QuantizationConfigMixin):
     """`quantization_config` of an artifact; unknown keys are kept, so that newer artifacts re-save unchanged."""
 
-    def __init__(self, format_version: int = 1, recipe: dict | None = None, layers: dict | None = None, **rest: Any) -> None:
-        self.quant_method = QUANT_METHOD
+    def __init__(
+        self, format_version: int = 1, recipe: dict | None = None, layers: dict | None = None, **rest: Any
+    ) -> None:
+        self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.recipe = recipe or {}
         self.layers = layers or {}
@@ -58,7 +60,8 @@ class BitwrightQuantizer(HfQuantizer):
                 linear = model.get_submodule(name)
             except AttributeError:
                 raise ArtifactError(
-                    f"the artifact quantizes {name}, which {type(model).__name__} does not have; it was made from another model"
+                    f"the artifact quantizes {name}, which {type(model).__name__} does not have;"
+                    " it was made from another model"
                 ) from None
             if (linear.out_features, linear.in_features) != (spec.rows, spec.columns):
                 raise ArtifactError(
@@ -103,7 +106,7 @@ def connect(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
             linear.share_permutation(holder)
 
 
-def quantized_cache(model: nn.Module, recipe: Recipe) -> QuantizedKVCache | None:
+def quantized_cache(model: Any, recipe: Recipe) -> QuantizedKVCache | None:
     """A fresh cache for one forward pass or conversation, or None where the recipe keeps 16 bits."""
     if recipe.kv is None:
         return None
@@ -116,7 +119,9 @@ def use_quantized_cache(model: nn.Module, recipe: Recipe) -> None:
     if original is None:
         return
 
-    def prepare(self: nn.Module, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prepare(
+        self: nn.Module, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         asked = generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False
         if model_kwargs.get("past_key_values") is None and not asked:
             model_kwargs["past_key_values"] = quantized_cache(self, recipe)

@@ -2,6 +2,6 @@
 
 from bitwright.models.checkpoint import Checkpoint as Checkpoint
 from bitwright.models.checkpoint import TensorInfo as TensorInfo
-from bitwright.models.skeleton import LinearInfo as LinearInfo
-from bitwright.models.skeleton import SiteInfo as SiteInfo
+from bitwright.models.sites import LinearInfo as LinearInfo
+from bitwright.models.sites import SiteInfo as SiteInfo
 from bitwright.models.skeleton import Skeleton as Skeleton

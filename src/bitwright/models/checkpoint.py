@@ -58,7 +58,9 @@ def read_header(path: Path, error: type[Exception] = ModelError) -> dict[str, An
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise error(f"{path} is truncated or no safetensors file: {size} bytes, and its header should have {length}")
+                raise error(
+                    f"{path} is truncated or no safetensors file: {size} bytes, and its header should have {length}"
+                )
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
@@ -122,7 +124,9 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise ModelError(f"tensor {name} is missing from {self.directory}; the checkpoint is incomplete or of another model")
+            raise ModelError(
+                f"tensor {name} is missing from {self.directory}; the checkpoint is incomplete or of another model"
+            )
         return self.tensors[name]
 
     def load(self, names: list[str], dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:

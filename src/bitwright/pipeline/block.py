@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bitwright.activations import quantize_site
 from bitwright.calibration import HessianSum, Stream, channel_energy, wave_sequences
 from bitwright.models import LinearInfo, SiteInfo
-from bitwright.models.skeleton import run_block
+from bitwright.models.passes import run_block
 from bitwright.pipeline.plan import LayerPlan
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights
@@ -55,6 +55,11 @@ class BlockJob:
 
     def outliers(self, site: SiteInfo) -> int:
         return self.layer(site.leader).spec.outliers
+
+    def linear(self, linear: LinearInfo) -> nn.Linear:
+        module = self.block.get_submodule(linear.name)
+        assert isinstance(module, nn.Linear)
+        return module
 
     def layer(self, linear: LinearInfo) -> LayerPlan:
         return self.layers[f"{self.name}.{linear.name}"]
@@ -171,7 +176,7 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
     def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
         site, linear, row = task
         began = time.perf_counter()
-        weights = job.block.get_submodule(linear.name).weight[row : row + ROW_CHUNK][:, job.orders[site.name]]
+        weights = job.linear(linear).weight[row : row + ROW_CHUNK][:, job.orders[site.name]]
         matrix = solver(weights, factors[site.name], job.outliers(site), weights_recipe)
         lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
         job.advance("solve", 1 / len(tasks))
@@ -186,7 +191,7 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
             parts = [solved[linear.name, row] for row in range(0, linear.rows, ROW_CHUNK)]
             order = job.orders[site.name] if layer.spec.permutation else None
             matrix = join_rows([part[0] for part in parts], order)
-            bias = job.block.get_submodule(linear.name).bias
+            bias = job.linear(linear).bias
             module = QuantizedLinear.from_matrix(layer.name, layer.spec, job.recipe.activations, matrix, bias)
             if linear is not site.leader and layer.spec.permutation:
                 module.share_permutation(modules[site.leader.name])
@@ -211,7 +216,9 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
     return modules, entries
 
 
-def propagate(job: BlockJob, modules: dict[str, QuantizedLinear], source: Stream, target: Stream, full: Stream) -> float:
+def propagate(
+    job: BlockJob, modules: dict[str, QuantizedLinear], source: Stream, target: Stream, full: Stream
+) -> float:
     """Step 4: move the quantized stream on; returns its relative squared distance from the full-precision stream."""
     for name, module in modules.items():
         job.block.set_submodule(name, module)

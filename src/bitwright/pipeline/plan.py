@@ -237,8 +237,7 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
 
 def _work_disk(skeleton: Skeleton, shards: list[dict[str, Shape]], sequences: int, length: int) -> int:
     """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block."""
-    width = int(skeleton.model.get_input_embeddings().embedding_dim)  # type: ignore[operator, union-attr, arg-type]
-    return sum(file_bytes(shard) for shard in shards) + 4 * sequences * length * width * 4
+    return sum(file_bytes(shard) for shard in shards) + 4 * sequences * length * skeleton.width * 4
 
 
 def check_disk(needed: int, directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,8 @@ from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
 from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
-from bitwright.models.skeleton import embed, head
+from bitwright.models.checkpoint import sha256_file
+from bitwright.models.passes import embed, head
 from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, measure_hessians, propagate, solve_block
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.state import RunDirectory, RunState
@@ -97,7 +97,16 @@ def quantize(
     Raises ModelError, RecipeError, TextError or RunError; OSError where the disk fails.
     """
     return _Run(
-        model, output, recipe, calibration, evaluation, evaluation_windows, threads, restart, log_file, reporter or Silent()
+        model,
+        output,
+        recipe,
+        calibration,
+        evaluation,
+        evaluation_windows,
+        threads,
+        restart,
+        log_file,
+        reporter or Silent(),
     ).carry_out()
 
 
@@ -186,7 +195,9 @@ class _Run:
         try:
             manifest = read_manifest(self.output)
         except BitwrightError:
-            raise RunError(f"{self.output} exists and is no finished artifact; give another output or remove it") from None
+            raise RunError(
+                f"{self.output} exists and is no finished artifact; give another output or remove it"
+            ) from None
         differing = sorted(key for key, value in facts.items() if manifest.get(key) != value)
         if differing:
             raise RunError(
@@ -199,8 +210,7 @@ class _Run:
         return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"])
 
     def _shape(self) -> tuple[int, int, int]:
-        embedding: Any = self.skeleton.model.get_input_embeddings()  # type: ignore[operator]
-        return (len(self.windows), self.plan.length, int(embedding.embedding_dim))
+        return (len(self.windows), self.plan.length, self.skeleton.width)
 
     def _stream(self, state: RunState, role: str) -> Stream:
         return Stream.open(self.directory.path / state.streams[role], self._shape())
@@ -295,8 +305,6 @@ class _Run:
 
     def _seal(self, state: RunState) -> None:
         """Hash the streams that the next block needs, then record everything in one step."""
-        from bitwright.models.checkpoint import sha256_file
-
         digests = {name: sha256_file(self.directory.path / name) for name in set(state.streams.values())}
         state.stream_sha256 = {role: digests[name] for role, name in state.streams.items()}
         self.directory.save(state)
@@ -354,10 +362,3 @@ class _Run:
     def _write_log(self, state: RunState) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
         write_text(self.log_file, lines)
-
-
-def read_texts(paths: Sequence[str | Path], join: str = "none") -> Text:
-    """Calibration or evaluation text from files; see bitwright.calibration.text.read_text."""
-    from bitwright.calibration import read_text
-
-    return read_text(list(paths), join)

@@ -76,7 +76,9 @@ class RunDirectory:
         try:
             return RunState(**read_json(path, RunError))
         except TypeError:
-            raise RunError(f"{path} was written by another version of bitwright; remove {self.path} to start again") from None
+            raise RunError(
+                f"{path} was written by another version of bitwright; remove {self.path} to start again"
+            ) from None
 
     def save(self, state: RunState) -> None:
         write_text(self.path / STATE_NAME, json.dumps(asdict(state), indent=1))

@@ -80,5 +80,7 @@ class QuantizedKVCache(Cache):
 
     def stored_bytes(self) -> int:
         """Bytes that the cached tokens take."""
-        kept = [part for layer in self.layers for part in (layer.keys, layer.values) if part is not None]
-        return sum(part.numel() for part in kept)
+        parts = (
+            part for layer in self.layers for part in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        )
+        return sum(part.numel() for part in parts if part is not None)

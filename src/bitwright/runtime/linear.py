@@ -37,7 +37,12 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_matrix(
-        cls, name: str, spec: LayerSpec, activations: ActivationRecipe | None, matrix: CodebookMatrix, bias: Tensor | None
+        cls,
+        name: str,
+        spec: LayerSpec,
+        activations: ActivationRecipe | None,
+        matrix: CodebookMatrix,
+        bias: Tensor | None,
     ) -> QuantizedLinear:
         """A module around a solved matrix, for use before the artifact exists."""
         module = cls(name, spec, activations, torch.float32)

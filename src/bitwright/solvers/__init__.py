@@ -1,4 +1,4 @@
-"""Solvers: pure functions (weights, factor of the Hessian, outlier count, recipe) -> CodebookMatrix; they know no model."""
+"""Solvers: pure functions (weights, factor of H, outlier count, recipe) -> CodebookMatrix; they know no model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The block loop that all feedback solvers share: levels, codes, and the error handed on to the later columns.
 
-Working from left to right over blocks of `group` columns (GPTQ section 3.3, BWA Algorithm 1), each block gets its levels
-from the weights as corrected so far, then its codes, and its error is passed on through the factor U of the inverse
-Hessian. The outlier columns stand last and absorb what is left before they are rounded to int8 (erratum E5).
+Working from left to right over blocks of `group` columns (GPTQ section 3.3, BWA Algorithm 1), each block gets its
+levels from the weights as corrected so far, then its codes, and its error is passed on through the factor U of the
+inverse Hessian. The outlier columns stand last and absorb what is left before they are rounded to int8 (erratum E5).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the Hessian of a site to the factor that error feedback needs, with a ladder of rescues that is always reported."""
+"""From the Hessian of a site to the factor that error feedback needs, with rescues that are always reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def factorize(hessian: Tensor, damping: float, importance: Importance) -> Factor
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
-    columns = hessian.shape[0]
     alive = hessian.clone()
     alive.diagonal()[dead] = 1.0
     mean = float(alive.diagonal().double().mean())

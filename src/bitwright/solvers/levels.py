@@ -2,7 +2,7 @@
 
 Every search takes the current weights of one block, fp32 [rows, width], and the column importances h, fp32 [width], and
 returns *grid levels*: int8 multiples of one fp16 scale a row, ascending by rank, which is what the format stores. The
-codes are then chosen against exactly these, so snapping to the grid is part of the optimisation and not an afterthought.
+codes are then chosen against exactly these, so snapping to the grid is part of the optimisation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class GridLevels:
-    """Integer levels int8 [rows, 2**bits] ascending, their scale fp16 [rows], the zero point uint8 [rows] if uniform."""
+    """Integer levels int8 [rows, 2**bits] ascending, their scale fp16 [rows], zero point uint8 [rows] if uniform."""
 
     integers: Tensor
     scale: Tensor
@@ -118,8 +118,9 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
         choices.append(choice)
     end = torch.full((rows.weights.shape[0], 1), width, dtype=torch.int64)
     levels: list[Tensor] = []
-    for choice in [*reversed(choices), None]:
-        begin = torch.zeros_like(end) if choice is None else choice.gather(1, end)
+    steps: list[Tensor | None] = [*reversed(choices), None]
+    for choice_or_none in steps:
+        begin = torch.zeros_like(end) if choice_or_none is None else choice_or_none.gather(1, end)
         mass = rows.s0.gather(1, end) - rows.s0.gather(1, begin)
         moment = rows.s1.gather(1, end) - rows.s1.gather(1, begin)
         fallback = levels[-1] if levels else rows.weights[:, -1:]

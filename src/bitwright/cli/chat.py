@@ -1,0 +1,61 @@
+"""bitwright chat: a conversation with a model or an artifact on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from bitwright.cli import console
+from bitwright.cli.generate import stream
+
+
+def command(
+    path: str = typer.Argument(..., help="model or artifact directory"),
+    system: str | None = typer.Option(None, help="system message, where the model's chat template has one"),
+    max_new_tokens: int = typer.Option(256, min=1, help="tokens an answer at most"),
+    temperature: float = typer.Option(0.7, min=0.0, help="0 takes the likeliest token"),
+    top_p: float = typer.Option(0.95, min=0.01, max=1.0, help="nucleus of the distribution to sample from"),
+    seed: int = typer.Option(0, min=0, help="seed of the sampling"),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16"),
+) -> None:
+    """Talk. An empty line or /exit ends; /reset forgets what was said."""
+    from bitwright.calibration import load_tokenizer
+    from bitwright.evaluation import load
+
+    model, tokenizer = load(path, dtype), load_tokenizer(path)
+    if not tokenizer.chat_template:
+        console.err.print("this model has no chat template: what you write is continued as plain text")
+    opening = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = list(opening)
+    while True:
+        try:
+            said = console.err.input("> ").strip()
+        except EOFError:
+            break
+        if said in ("", "/exit"):
+            break
+        if said == "/reset":
+            turns = list(opening)
+            continue
+        turns.append({"role": "user", "content": said})
+        ids = _prompt(tokenizer, turns, model, max_new_tokens)
+        answer = stream(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed + len(turns), skip_prompt=True)
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tokens: int) -> Any:
+    """Token ids of the conversation; where it outgrows the context, the oldest exchanges are forgotten, aloud."""
+    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    room = max(context - max_new_tokens, context // 2) if context else 0
+    while True:
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer(" ".join(turn["content"] for turn in turns), return_tensors="pt")["input_ids"]
+        oldest = 1 if turns[0]["role"] == "system" else 0
+        if not room or ids.shape[1] <= room or len(turns) <= oldest + 1:
+            return ids
+        console.err.print("(the conversation is longer than the context: the oldest exchange is forgotten)")
+        del turns[oldest : oldest + 2]

@@ -1,0 +1,110 @@
+"""What the commands share: consoles, units, recipe options, and progress on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitwright.recipe import Recipe, parse_option, preset
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    # Tables keep their columns in a pipe or a log.
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1 kB = 1000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def recipe_from(preset_name: str, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
+    """The recipe that a command line asks for: a file or a preset, then --set, then the named shortcuts."""
+    recipe = Recipe.from_file(file) if file else preset(preset_name)
+    changes = dict(parse_option(option) for option in options)
+    changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
+    return recipe.with_options(changes) if changes else recipe
+
+
+def outliers_option(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+@contextmanager
+def counting(label: str, total: int) -> Iterator[Any]:
+    """A progress bar for a loop of known length; yields the function that sets how much is done."""
+    with _bar() as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done, all_=None: progress.update(task, completed=done, total=all_ or total)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
+        transient=True,
+    )
+
+
+class RunReporter:
+    """Progress of a quantization: a bar on a terminal, a line a block elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = _bar()
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+        self._first = 0
+        self._blocks = 0
+
+    def begin(self, plan: Any, completed: int) -> None:
+        self._blocks = len(plan.shards) - 1
+        self._first = completed
+        self._began = time.monotonic()
+        self._progress.start()
+        self._task = self._progress.add_task("quantizing", total=self._blocks, completed=completed)
+
+    def advance(self, fraction: float) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task, fraction)
+
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None:
+        done, left = index + 1 - self._first, self._blocks - index - 1
+        seconds = time.monotonic() - self._began
+        worst = max(entries, key=lambda entry: entry["error"])
+        for entry in entries:
+            if entry["rescue"]:
+                err.print(f"  note: {entry['linear']}: {entry['rescue']}", markup=False)
+        if not err.is_terminal:
+            err.print(
+                f"block {index + 1}/{self._blocks}  worst error {worst['error']:.4f} ({worst['linear']})"
+                f"  {seconds:.0f} s, about {seconds / done * left:.0f} s left",
+                markup=False,
+            )
+        if left == 0:
+            self._progress.stop()
+
+    def note(self, message: str) -> None:
+        err.print(message, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()

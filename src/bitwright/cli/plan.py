@@ -1,0 +1,71 @@
+"""bitwright plan: every layer, exact bytes and bits, memory and disk, from headers alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from bitwright.cli import console
+
+if TYPE_CHECKING:
+    from bitwright.pipeline import Plan
+
+
+def command(
+    model: str = typer.Argument(..., help="Hugging Face model directory"),
+    preset: str = typer.Option("bwa", help="recipe by name: bwa, rtn"),
+    recipe: str | None = typer.Option(None, help="recipe from a JSON file instead"),
+    set_: list[str] = typer.Option([], "--set", help="recipe option key=value, e.g. weights.outliers=0"),
+    outliers: str | None = typer.Option(None, help="int8 channels: a number or 'auto'"),
+    threads: int | None = typer.Option(None, min=1, help="threads; peak memory depends on them"),
+    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+) -> None:
+    """Print what `quantize` will write and need, exact to the byte, without reading a weight."""
+    from bitwright.pipeline import plan
+
+    made = plan(
+        model,
+        console.recipe_from(preset, recipe, set_, weights__outliers=console.outliers_option(outliers)),
+        threads=threads,
+    )
+    if as_json:
+        print(json.dumps(made.to_dict()))
+    else:
+        show(made)
+
+
+def show(plan: Plan) -> None:
+    """Tables for people."""
+    from rich.table import Table
+
+    layers = Table(title=f"{plan.model} ({plan.architecture}), recipe {plan.recipe.name}")
+    for column in ("linear", "site", "shape", "outliers", "bytes", "bits a weight"):
+        layers.add_column(column, justify="left" if column in ("linear", "site") else "right")
+    for layer in plan.layers:
+        layers.add_row(
+            layer.name,
+            layer.site,
+            f"{layer.spec.rows} x {layer.spec.columns}",
+            str(layer.spec.outliers),
+            f"{layer.bytes:,}",
+            f"{layer.bits_per_weight:.4f}",
+        )
+    console.out.print(layers)
+    totals = Table(show_header=False)
+    totals.add_row("quantized linears", f"{plan.linear_weights:,} weights, {plan.linear_bytes:,} bytes")
+    totals.add_row("", f"{plan.linear_bits:.4f} bits a weight, all counted")
+    totals.add_row("whole model", f"{plan.parameters:,} parameters, {plan.total_bytes:,} bytes of weight files")
+    totals.add_row("", f"{plan.model_bits:.4f} bits a parameter, embeddings and head included")
+    totals.add_row(
+        "original", f"{plan.original_bytes:,} bytes, {plan.original_bytes / plan.total_bytes:.2f} times as large"
+    )
+    totals.add_row("kept as they are", f"{len(plan.kept)} tensors (embeddings, norms, head)")
+    if plan.ignored:
+        totals.add_row(
+            "not in the model", f"{len(plan.ignored)} tensors of the files are left out: {plan.ignored[0]}, ..."
+        )
+    totals.add_row("the run needs", f"at most about {console.size(plan.peak_memory)} of memory")
+    totals.add_row("", f"at most {console.size(plan.work_disk)} of disk beside the output")
+    console.out.print(totals)

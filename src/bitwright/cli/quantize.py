@@ -1,0 +1,97 @@
+"""bitwright quantize: a model directory in, an artifact out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bitwright.cli import console
+
+if TYPE_CHECKING:
+    from bitwright.pipeline import Quantized
+
+
+def command(
+    model: str = typer.Argument(..., help="Hugging Face model directory"),
+    output: str = typer.Argument(..., help="directory to write; must not exist"),
+    calib: list[str] = typer.Option(..., "--calib", help="calibration text: .txt, .txt.xz or .jsonl; may be repeated"),
+    preset: str = typer.Option("bwa", help="recipe by name: bwa, rtn"),
+    recipe: str | None = typer.Option(None, help="recipe from a JSON file instead"),
+    set_: list[str] = typer.Option([], "--set", help="recipe option key=value, e.g. weights.feedback=column"),
+    outliers: str | None = typer.Option(None, help="int8 channels: a number or 'auto'"),
+    sequences: int | None = typer.Option(None, min=1, help="calibration segments"),
+    length: int | None = typer.Option(None, min=8, help="tokens a segment"),
+    seed: int | None = typer.Option(None, min=0, help="seed of the segments"),
+    eval_text: list[str] = typer.Option([], "--eval-text", help="text to measure both models on, for the card"),
+    eval_windows: int = typer.Option(32, min=1, help="windows of it"),
+    threads: int | None = typer.Option(None, min=1, help="threads; the result does not depend on them"),
+    restart: bool = typer.Option(False, help="drop an unfinished run on this output"),
+    log: str | None = typer.Option(None, help="JSON lines, one a linear; default OUTPUT.log.jsonl"),
+    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+) -> None:
+    """Quantize block by block. Killed at any moment, the same command goes on and ends with the same bytes."""
+    from bitwright.calibration import read_text
+    from bitwright.pipeline import quantize
+
+    asked = console.recipe_from(
+        preset,
+        recipe,
+        set_,
+        weights__outliers=console.outliers_option(outliers),
+        calibration__sequences=sequences,
+        calibration__length=length,
+        calibration__seed=seed,
+    )
+    reporter = console.RunReporter()
+    began = time.monotonic()
+    try:
+        result = quantize(
+            model,
+            output,
+            asked,
+            read_text(list(calib)),
+            evaluation=read_text(list(eval_text)) if eval_text else None,
+            evaluation_windows=eval_windows,
+            threads=threads,
+            restart=restart,
+            log_file=log,
+            reporter=reporter,
+        )
+    finally:
+        reporter.close()
+    seconds = time.monotonic() - began
+    if as_json:
+        print(json.dumps(summary(result) | {"seconds": seconds}))
+    else:
+        show(result, seconds)
+
+
+def summary(result: Quantized) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "output": str(result.directory),
+        "linear_bits": plan.linear_bits,
+        "model_bits": plan.model_bits,
+        "total_bytes": plan.total_bytes,
+        "original_bytes": plan.original_bytes,
+        "measured": result.measured,
+    }
+
+
+def show(result: Quantized, seconds: float) -> None:
+    plan = result.plan
+    console.out.print(f"wrote {result.directory} in {seconds:.0f} s", markup=False)
+    console.out.print(
+        f"linears {plan.linear_bits:.4f} bits a weight, whole model {plan.model_bits:.4f} bits a parameter;"
+        f" {plan.original_bytes:,} -> {plan.total_bytes:,} bytes"
+    )
+    for part, row in result.measured.items():
+        console.out.print(
+            f"perplexity on the {part} text: {math.exp(row['loss_original']):.4f} ->"
+            f" {math.exp(row['loss_quantized']):.4f}, excess {row['excess']:.4f}"
+            f" ({row['windows']} windows of {row['length']})"
+        )

@@ -1,0 +1,6 @@
+"""How good a model or artifact is."""
+
+from bitwright.evaluation.loading import load as load
+from bitwright.evaluation.perplexity import Perplexity as Perplexity
+from bitwright.evaluation.perplexity import evaluate as evaluate
+from bitwright.evaluation.perplexity import evaluate_model as evaluate_model

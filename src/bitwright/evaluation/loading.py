@@ -1,0 +1,36 @@
+"""A model or artifact from a directory, with errors in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.errors import ArtifactError, BitwrightError, ModelError
+from bitwright.models.checkpoint import Checkpoint
+from bitwright.models.passes import first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(path: str | Path, dtype: str = "float32") -> Any:
+    """A causal language model of a local directory, original or artifact, in evaluation mode.
+
+    Raises ModelError or ArtifactError in one sentence where transformers would fail later and at length.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    checkpoint = Checkpoint(path)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    logging.disable_progress_bar()
+    error = ArtifactError if "quantization_config" in checkpoint.config else ModelError
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
+    except BitwrightError:
+        raise
+    except Exception as problem:
+        raise error(f"transformers cannot load {path}: {first_line(problem)}") from None
+    return model.eval()
