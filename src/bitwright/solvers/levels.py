@@ -70,8 +70,8 @@ def _sort(block: Tensor, importance: Tensor) -> _Sorted:
 def em_levels(block: Tensor, importance: Tensor, bits: int, iterations: int = 20) -> Tensor:
     """Weighted Lloyd iterations in one dimension (BWA Algorithm 1; spec 2.3.1), fp32 [rows, 2**bits] ascending.
 
-    Starts at the h-weighted quantiles (2 i + 1) / 2**(bits + 1); an empty cluster keeps its level; stops when no
-    boundary moves. A converged row does not change while others go on, so rows do not influence each other.
+    Starts at the h-weighted quantiles (2 i + 1) / 2**(bits + 1); an empty cluster keeps its level; a row stops when none
+    of its boundaries moves. It is frozen then while others go on, so rows do not influence each other.
     """
     rows = _sort(block, importance)
     width, count = rows.weights.shape[1], 2**bits
@@ -80,14 +80,16 @@ def em_levels(block: Tensor, importance: Tensor, bits: int, iterations: int = 20
     start = torch.searchsorted(rows.s0[:, 1:].contiguous(), targets).clamp_max(width - 1)
     levels = rows.weights.gather(1, start)
     edges = _edges(rows.weights, levels)
+    going = torch.ones(levels.shape[0], 1, dtype=torch.bool)
     for _ in range(iterations):
         mass = rows.s0.gather(1, edges).diff(dim=1)
         moment = rows.s1.gather(1, edges).diff(dim=1)
-        levels = torch.where(mass > 0, moment / torch.where(mass > 0, mass, 1.0), levels)
+        means = torch.where(mass > 0, moment / torch.where(mass > 0, mass, 1.0), levels)
         # An empty cluster that kept its level may stand out of order beside moved neighbours.
-        levels = levels.sort(dim=-1).values
+        levels = torch.where(going, means.sort(dim=-1).values, levels)
         moved = _edges(rows.weights, levels)
-        if torch.equal(moved, edges):
+        going = (moved != edges).any(dim=-1, keepdim=True)
+        if not bool(going.any()):
             break
         edges = moved
     return levels.float()
@@ -130,7 +132,7 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 
 def _interval_costs(rows: _Sorted) -> Tensor:
-    """cost [rows, a, b] of one level for the sorted weights a..b-1; 0 where a >= b, infinite where a > b."""
+    """cost [rows, a, b] of one level for the sorted weights a..b-1; 0 where a = b, infinite where a > b."""
     mass = rows.s0.unsqueeze(1) - rows.s0.unsqueeze(2)
     moment = rows.s1.unsqueeze(1) - rows.s1.unsqueeze(2)
     square = rows.s2.unsqueeze(1) - rows.s2.unsqueeze(2)
