@@ -67,7 +67,7 @@ def quantize_groups(x: Tensor, group: int, recipe: ActivationRecipe) -> Quantize
     if padding:
         # Repeating the last channel leaves the extremes of the ragged group as they are.
         x = torch.cat([x, x[:, -1:].expand(tokens, padding)], dim=1)
-    x = x.reshape(tokens, -1, group)
+    x = x.unflatten(1, (-1, group))
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     if recipe.clip != 1.0:
         cut = (high - low) * ((1.0 - recipe.clip) / 2.0)
@@ -128,7 +128,7 @@ def quantize_site(x: Tensor, outliers: int, group: int, recipe: ActivationRecipe
 
 def _quantize_tokens(x: Tensor, outliers: int, group: int, recipe: ActivationRecipe) -> Tensor:
     normal = x.shape[1] - outliers
-    values = quantize_groups(x[:, :normal], group, recipe).values().reshape(x.shape[0], -1)[:, :normal]
+    values = quantize_groups(x[:, :normal], group, recipe).values().flatten(1)[:, :normal]
     if not outliers:
         return values
     integers, scale = quantize_outliers(x[:, normal:])

@@ -48,7 +48,9 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> LayerSpec:
-        """Unknown keys are ignored (they may be notes of a newer minor version); missing ones are an error."""
+        """Unknown keys are ignored (they may be notes of a newer version); missing and absurd ones are errors."""
+        if not isinstance(data, Mapping):
+            raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
         missing = [field.name for field in fields(cls) if field.name not in data]
         if missing:
             raise ArtifactError(
@@ -58,6 +60,18 @@ class LayerSpec:
         if spec.kind not in KINDS:
             raise ArtifactError(
                 f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
+            )
+        for key, least in (("rows", 1), ("columns", 1), ("bits", 1), ("group", 1), ("outliers", 0)):
+            value = data[key]
+            if type(value) is not int or value < least:
+                raise ArtifactError(
+                    f"config.json gives layer {name} {key} = {value!r}; expected a number from {least} on;"
+                    " the artifact is damaged"
+                )
+        if spec.outliers >= spec.columns or not isinstance(spec.permutation, (str, type(None))):
+            raise ArtifactError(
+                f"config.json gives layer {name} outliers = {spec.outliers} of {spec.columns} columns and"
+                f" permutation = {spec.permutation!r}; the artifact is damaged"
             )
         return spec
 

@@ -29,10 +29,14 @@ class Stream:
         """A new file of the full size, allocated: a full disk is an error here and not a crash later."""
         size = int(np.prod(shape)) * 4
         with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:  # pragma: no cover - not on Linux
-                file.truncate(size)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # pragma: no cover - not on Linux
+                    file.truncate(size)
+            except OSError as error:
+                error.filename = str(path)  # a full disk says nothing of where
+                raise
         return cls(path, shape, "r+")
 
     @classmethod

@@ -111,12 +111,18 @@ def tokenize(tokenizer: Any, text: Text, vocabulary: int | None = None) -> Tenso
     """
     ids = tokenizer(text.content, return_tensors=None, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    if vocabulary is not None and len(tokens) and int(tokens.max()) >= vocabulary:
+    if vocabulary is not None:
+        check_vocabulary(tokens, vocabulary)
+    return tokens
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
+    """Raises ModelError where the embedding has no row for one of the tokens."""
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ModelError(
             f"the tokenizer makes token {int(tokens.max())}, but the model's vocabulary has {vocabulary};"
             " tokenizer and weights do not belong together"
         )
-    return tokens
 
 
 def _too_short(text: Text, tokens: int, length: int, key: str) -> TextError:

@@ -47,7 +47,11 @@ def stream(
     import torch
     from transformers import TextStreamer
 
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    from bitwright.calibration.text import check_vocabulary
+
+    config = model.config.get_text_config(decoder=True)
+    check_vocabulary(ids, config.vocab_size)
+    context = int(getattr(config, "max_position_embeddings", 0) or 0)
     if context and ids.shape[1] >= context:
         raise BitwrightError(
             f"the prompt has {ids.shape[1]} tokens and the model's context is {context}; give a shorter prompt"

@@ -26,11 +26,26 @@ def load(path: str | Path, dtype: str = "float32") -> Any:
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     logging.disable_progress_bar()
-    error = ArtifactError if "quantization_config" in checkpoint.config else ModelError
+    error = ArtifactError if checkpoint.config.get("quantization_config") is not None else ModelError
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that it says which; refused below
+        )
     except BitwrightError:
         raise
     except Exception as problem:
         raise error(f"transformers cannot load {path}: {first_line(problem)}") from None
+    model, info = loaded
+    # transformers only warns, and goes on with random weights.
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise error(f"tensor {name} in {path} has shape {list(found)}; config.json asks for {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        raise error(
+            f"{path} lacks {len(missing)} of the tensors of {type(model).__name__}, first {missing[0]};"
+            " the weights are incomplete or of another architecture"
+        )
     return model.eval()

@@ -6,6 +6,7 @@ methods is imported, so that it costs nothing before.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitwright.artifact.layout import QUANT_METHOD, LayerSpec, check_version
+from bitwright.artifact.layout import QUANT_METHOD, LayerSpec, check_version, counted, layer_shapes
+from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
+from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, quantized_linears
 
@@ -49,12 +52,14 @@ class BitwrightQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         check_version(quantization_config.to_dict())
         self.recipe = quantization_config.parsed_recipe()
-        self.specs = {name: LayerSpec.from_dict(name, data) for name, data in quantization_config.layers.items()}
-        if not self.specs:
+        layers = quantization_config.layers
+        if not isinstance(layers, dict) or not layers:
             raise ArtifactError("quantization_config names no layers; the artifact is damaged")
+        self.specs = {name: LayerSpec.from_dict(name, data) for name, data in layers.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         dtype = kwargs.get("dtype") or getattr(model, "dtype", None) or torch.get_default_dtype()
+        check_files(kwargs.get("checkpoint_files") or [], self.specs)
         for name, spec in self.specs.items():
             try:
                 linear = model.get_submodule(name)
@@ -63,6 +68,11 @@ class BitwrightQuantizer(HfQuantizer):
                     f"the artifact quantizes {name}, which {type(model).__name__} does not have;"
                     " it was made from another model"
                 ) from None
+            if not isinstance(linear, nn.Linear):
+                raise ArtifactError(
+                    f"the artifact quantizes {name}, which is a {type(linear).__name__} and no linear layer in"
+                    f" {type(model).__name__}; config.json is damaged"
+                )
             if (linear.out_features, linear.in_features) != (spec.rows, spec.columns):
                 raise ArtifactError(
                     f"layer {name} is {linear.out_features} x {linear.in_features} in the model"
@@ -94,6 +104,33 @@ class BitwrightQuantizer(HfQuantizer):
             model.set_submodule(name, plain)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         return model
+
+
+def check_files(files: list[str], specs: dict[str, LayerSpec]) -> None:
+    """Refuse weight files that lack a tensor of a packed layer, or hold it in another shape or dtype.
+
+    transformers would fill what is missing with whatever memory holds and only warn. Raises ArtifactError.
+    """
+    if not files:
+        return
+    present: dict[str, Any] = {}
+    for file in files:
+        present.update(read_header(Path(file), ArtifactError))
+    for layer, spec in specs.items():
+        if spec.permutation is not None and spec.permutation not in specs:
+            raise ArtifactError(f"layer {layer} has the permutation of {spec.permutation}, which is no packed layer")
+        for name, (dtype, shape) in layer_shapes(layer, spec, torch.float32).items():
+            where = f"tensor {name} of the artifact in {Path(files[0]).parent}"
+            if name not in present:
+                raise ArtifactError(f"{where} is missing from its weight files; see what `bitwright verify` says")
+            found = present[name]
+            # The sentinel and the bias have the dtype of the original model.
+            as_written = found["dtype"] == DTYPE_NAMES[dtype] or not counted(name)
+            if found["shape"] != list(shape) or not as_written:
+                raise ArtifactError(
+                    f"{where} is {found['dtype']} {found['shape']}; config.json asks for"
+                    f" {DTYPE_NAMES[dtype]} {list(shape)}"
+                )
 
 
 def connect(model: nn.Module, specs: dict[str, LayerSpec]) -> None:

@@ -70,9 +70,15 @@ def read_header(path: Path, error: type[Exception] = ModelError) -> dict[str, An
         raise error(f"{path} is no safetensors file: its header is not JSON") from None
     try:
         header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        raise error(f"{path} is damaged: its safetensors header lacks offsets") from None
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            if not isinstance(entry["dtype"], str) or min(begin, end - begin, *entry["shape"], 0) < 0:
+                raise ValueError
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise error(
+            f"{path} is damaged: its safetensors header has no dtype, shape and offsets for every tensor"
+        ) from None
     if size != 8 + length + end:
         raise error(f"{path} is truncated or damaged: {size} bytes, its header asks for {8 + length + end}")
     return header
@@ -100,6 +106,8 @@ class Checkpoint:
             expected = read_json(index).get("weight_map")
             if not isinstance(expected, dict) or not expected:
                 raise ModelError(f"{index} has no weight_map")
+            if not all(isinstance(file, str) for file in expected.values()):
+                raise ModelError(f"{index} is damaged: its weight_map must give the name of a file for each tensor")
             files = sorted(set(expected.values()))
         elif (self.directory / SINGLE_NAME).exists():
             files = [SINGLE_NAME]

@@ -78,7 +78,7 @@ class materialized:
             if key not in shared:
                 value = self.values.get(name)
                 shared[key] = nn.Parameter(
-                    torch.zeros(parameter.shape) if value is None else value, requires_grad=False
+                    torch.zeros(1).expand(parameter.shape) if value is None else value, requires_grad=False
                 )
             module._parameters[leaf] = shared[key]
 

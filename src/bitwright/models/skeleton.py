@@ -8,7 +8,7 @@ the blocks replaced by recorders; the linears that receive the very same input t
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -26,8 +26,8 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        if "quantization_config" in checkpoint.config:
-            method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        if (quantization := checkpoint.config.get("quantization_config")) is not None:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise ModelError(
                 f"{checkpoint.directory} is already quantized (quant_method {method}); give the original model"
             )
@@ -133,12 +133,23 @@ class Skeleton:
         block.load_state_dict({name: values[f"{prefix}.{name}"] for name in names}, assign=True)
         return block.eval().requires_grad_(False)
 
-    def outer_tensor_names(self) -> list[str]:
-        """State dict names outside the blocks that the checkpoint holds: embeddings, final norm, head."""
+    def outer_tensor_names(self, part: Literal["all", "before", "after"] = "all") -> list[str]:
+        """State dict names outside the blocks that the checkpoint holds: embeddings, final norm, head.
+
+        `before` leaves out the head, `after` the input embedding where the head has a matrix of its own: what is
+        needed to enter the blocks and to leave them.
+        """
         inside = f"{self.prefix}."
-        return [
-            name for name in self.model.state_dict() if not name.startswith(inside) and name in self.checkpoint.tensors
-        ]
+        held = self.checkpoint.tensors
+        names = [name for name in self.model.state_dict() if not name.startswith(inside) and name in held]
+        modules = dict(self.model.named_modules())
+        heads = [name for name in names if modules[name.rpartition(".")[0]] is self.model.get_output_embeddings()]
+        inputs = [name for name in names if modules[name.rpartition(".")[0]] is self.embedding]
+        if part == "before":
+            return [name for name in names if name not in heads]
+        if part == "after" and heads:
+            return [name for name in names if name not in inputs]
+        return names
 
     def sites(self, index: int) -> tuple[SiteInfo, ...]:
         """Sites of block `index` in the order in which it uses them."""

@@ -18,8 +18,9 @@ from bitwright.models import Checkpoint, Skeleton
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.workers import default_threads
 
-# Python, torch and transformers as they are once imported; measured.
+# Python, torch and transformers as they are once imported, and what the allocator keeps of freed memory; measured.
 BASE_MEMORY = 460 << 20
+SLACK = 1.5
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         }
         kept.update(rest)
         shards.append({**rest, **{name: shape for layer in own for name, shape in layer.shapes.items()}})
+    if not layers:
+        raise ModelError(f"{checkpoint.directory} has no linear layers in decoder blocks: there is nothing to quantize")
     names = set(skeleton.model.state_dict()) & set(checkpoint.tensors)
     sequences = recipe.calibration.sequences + probes
     return Plan(
@@ -216,12 +219,15 @@ def _stored(checkpoint: Checkpoint, name: str) -> Shape:
 def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, length: int, threads: int) -> int:
     """An upper estimate in bytes of the run's resident memory: the larger of its three phases, plus the libraries.
 
-    Embedding: the parameters outside the blocks in fp32. Statistics: one block in fp32, its Hessians and one wave of
+    Outside the blocks: embeddings or head in fp32, logits. Statistics: one block in fp32, its Hessians and one wave of
     site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers.
     """
-    outer = sum(4 * skeleton.checkpoint.tensors[name].elements for name in skeleton.outer_tensor_names())
+    tensors = skeleton.checkpoint.tensors
+    before, after = (
+        sum(4 * tensors[name].elements for name in skeleton.outer_tensor_names(part)) for part in ("before", "after")
+    )
     vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
-    embedding = outer + 3 * 4 * length * vocabulary * threads
+    outside = max(before, after + 3 * 4 * length * vocabulary * threads)
     worst = 0
     for block in range(len(skeleton.blocks)):
         own = [layer for layer in layers if layer.block == block]
@@ -232,7 +238,7 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
         forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
         worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
-    return BASE_MEMORY + max(worst, embedding)
+    return BASE_MEMORY + int(SLACK * max(worst, outside))
 
 
 def _work_disk(skeleton: Skeleton, shards: list[dict[str, Shape]], sequences: int, length: int) -> int:

@@ -149,6 +149,11 @@ class _Run:
 
     def carry_out(self) -> Quantized:
         facts = self._facts()
+        if self.plan.ignored:
+            self.reporter.note(
+                f"{len(self.plan.ignored)} tensors of the weight files are not part of the model and are left out,"
+                f" first {self.plan.ignored[0]}"
+            )
         if self.output.exists():
             return self._already_there(facts)
         with self.directory.locked():
@@ -220,9 +225,8 @@ class _Run:
         self.directory.restart()
         self.directory.artifact.mkdir(parents=True, exist_ok=True)
         state = RunState(facts)
-        names = self.skeleton.outer_tensor_names()
-        self._write_shard(state, 0, self.checkpoint.load(names, dtype=None))
-        values = self.checkpoint.load(names)
+        self._write_shard(state, 0, self.checkpoint.load(self.skeleton.outer_tensor_names(), dtype=None))
+        values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
         target = Stream.create(self.directory.path / "stream-0.f32", self._shape())
         # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
         for index in range(len(self.windows)):
@@ -236,7 +240,7 @@ class _Run:
 
     def _calls(self) -> list[dict[str, Any]]:
         """What the model passes to each block beside the hidden states: the same for every window."""
-        values = self.checkpoint.load(self.skeleton.outer_tensor_names())
+        values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
         return [kwargs for _, kwargs in embed(self.skeleton, values, self.windows[:1])]
 
     def _do_block(self, state: RunState, call: dict[str, Any], workers: Workers) -> None:
@@ -311,7 +315,7 @@ class _Run:
 
     def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
         """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
-        values = self.checkpoint.load(self.skeleton.outer_tensor_names())
+        values = self.checkpoint.load(self.skeleton.outer_tensor_names("after"))
         measured: dict[str, Any] = {}
         parts = {"calibration": range(self.recipe.calibration.sequences)}
         if self.probes:

@@ -51,11 +51,9 @@ def factorize(hessian: Tensor, damping: float, importance: Importance) -> Factor
                 weight = _importance(alive, share * mean, upper, importance)
                 return Factor(upper, weight, dead, share, ", ".join(words) or None)
         share *= 10
-    damped = alive.diagonal() + damping * mean
-    upper = torch.diag(damped.rsqrt())
-    return Factor(
-        upper, _importance(alive, 0.0, upper, importance), dead, damping, "Hessian not positive definite: diagonal only"
-    )
+    upper = torch.diag((alive.diagonal() + damping * mean).rsqrt())
+    weight = _importance(alive, damping * mean, upper, importance)
+    return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only")
 
 
 def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
@@ -74,7 +72,7 @@ def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype) -> Tensor |
 
 
 def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) -> Tensor:
-    """h_i = 1, H_ii, 1 / P_ii or 1 / U_ii^2 (erratum E6)."""
+    """h_i = 1, Hd_ii, 1 / P_ii or 1 / U_ii^2 (erratum E6)."""
     if kind == "none":
         return torch.ones(hessian.shape[0])
     if kind == "hessian":
