@@ -147,7 +147,9 @@ class Recipe(_Part):
             for depth, parent in enumerate(parents):
                 child = node.get(parent)
                 if child is None and parent in node:
-                    raise RecipeError(f"recipe: {key} has no effect because {'.'.join(parents[: depth + 1])} is off")
+                    off = ".".join(parents[: depth + 1])
+                    cure = f"write {off}={json.dumps({leaf: value}, default=str)} to turn it on"
+                    raise RecipeError(f"recipe: {key} has no effect because {off} is off; {cure}")
                 if not isinstance(child, dict):
                     raise RecipeError(f"recipe: {_unknown(key, node, parent)}")
                 node = child
@@ -159,15 +161,15 @@ class Recipe(_Part):
 
 def parse_option(text: str) -> tuple[str, Any]:
     """`weights.outliers=0` -> ("weights.outliers", 0). The value is JSON where it parses, else the bare word."""
-    key, separator, value = text.partition("=")
+    key, separator, value = (part.strip() for part in text.partition("="))
     if not separator or not key:
         raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
-    if value in ("none", "off") and key.strip() in ("kv", "activations"):
-        return key.strip(), None
+    if value in ("none", "off") and key in ("kv", "activations"):
+        return key, None
     try:
-        return key.strip(), json.loads(value)
+        return key, json.loads(value)
     except json.JSONDecodeError:
-        return key.strip(), value.strip()
+        return key, value
 
 
 def outlier_count(columns: int, asked: OutlierCount) -> int:
@@ -207,16 +209,33 @@ def _unknown(key: str, node: Mapping[str, Any], word: str) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first problem of a pydantic report in one sentence, in this project's words."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['auto']")) or "recipe"
+    problems = error.errors()
+    problem = problems[0]
+    where = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, leaf = [str(part) for part in problem["loc"]]
-        fields: Any = Recipe.model_fields
-        for parent in parents:
-            annotation = fields[parent].annotation
-            part = next(p for p in (annotation, *getattr(annotation, "__args__", ())) if hasattr(p, "model_fields"))
-            fields = part.model_fields
-        return _unknown(where, fields, leaf)
+        return _unknown(where, _fields(parents), leaf)
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
-    return f"{where} = {problem['input']!r}: {problem['msg'].lower()}"
+    if problem["type"] == "model_type":
+        keys = ", ".join(_fields([str(part) for part in problem["loc"]]))
+        return f"{where} = {problem['input']!r}: input should be an object with the keys {keys}"
+    # Of a choice, such as 'auto' or a number, each alternative is a problem of its own.
+    choices = [other["msg"].lower() for other in problems if _place(other["loc"]) == where]
+    rest = "".join(f" or {choice.removeprefix('input should be ')}" for choice in choices[1:])
+    return f"{where} = {problem['input']!r}: {choices[0]}{rest}"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of a place in a pydantic report."""
+    return ".".join(str(part) for part in loc if part not in ("int", "literal['auto']")) or "recipe"
+
+
+def _fields(parents: list[str]) -> Mapping[str, Any]:
+    """The fields of the part of a recipe that stands under these keys."""
+    fields: Any = Recipe.model_fields
+    for parent in parents:
+        annotation = fields[parent].annotation
+        part = next(p for p in (annotation, *getattr(annotation, "__args__", ())) if hasattr(p, "model_fields"))
+        fields = part.model_fields
+    return fields

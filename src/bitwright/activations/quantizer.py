@@ -92,9 +92,8 @@ def _balanced_scales(
     all channels as printed in eq. 11. Channels of code 0 have no share.
     """
     groups, group = x.shape[1:]
-    # (x - xhat) / c, with 0 where c = 0: one division serves all planes. Padding has code 0.
-    shared = x - step * (codes - zero)
-    shared.div_(codes.clamp_min(1)).mul_(codes.clamp_max(1))
+    # (x - xhat) / c: one division serves all planes. Where c = 0, as in the padding, no plane has a bit.
+    shared = (x - step * (codes - zero)).div_(codes.clamp_min(1))
     scales = []
     for plane, bit in enumerate(bit_planes(codes, recipe.bits)):
         total = (shared * bit).sum(dim=-1, keepdim=True)

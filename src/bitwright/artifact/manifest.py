@@ -70,7 +70,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     rest = {key: value for key, value in content.items() if key != "sha256"}
     whole = hashlib.sha256(_canonical(rest).encode()).hexdigest() == expected and isinstance(content.get("files"), dict)
     # A flipped bit may leave the content as it is (1e-05 and 1E-05): the bytes must be those that were written, too.
-    if not whole or path.read_text(encoding="utf-8") != _rendered(content):
+    if not whole or path.read_bytes() != _rendered(content).encode():
         raise ArtifactError(f"{path} has changed since it was written: its content does not match its own sha256")
     return content
 

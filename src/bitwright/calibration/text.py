@@ -42,7 +42,7 @@ def read_text(paths: list[str | Path], join: str = "none") -> Text:
     contents = [_read_one(Path(path)) for path in paths]
     separator = JOINS[join]
     if separator is not None:
-        contents = [separator.join(line.strip() for line in content.splitlines()) for content in contents]
+        contents = [separator.join(line.strip() for line in _lines(content)) for content in contents]
     content = "\n\n".join(contents)
     return Text(
         "+".join(Path(path).name for path in paths), content, hashlib.sha256(content.encode("utf-8")).hexdigest()
@@ -80,16 +80,23 @@ def _read_one(path: Path) -> str:
     return content
 
 
+def _lines(content: str) -> list[str]:
+    """Lines that end at newlines alone; str.splitlines cuts at U+2028 and others too, which may stand in a text."""
+    return content.removesuffix("\n").split("\n")
+
+
 def _from_jsonl(path: Path, content: str) -> str:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(_lines(content), 1):
         if not line.strip():
             continue
         try:
-            record: Any = json.loads(line)
-            texts.append(record["text"])
+            text: Any = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise TextError(f"{path} line {number} is not a JSON object with a field 'text'") from None
+            text = None
+        if not isinstance(text, str):
+            raise TextError(f"{path} line {number} is not a JSON object with a field 'text'")
+        texts.append(text)
     return "\n\n".join(texts)
 
 

@@ -48,8 +48,11 @@ def main() -> None:
         app()
     except BitwrightError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
+    except SystemExit as stop:
+        # typer turns an interrupt from the keyboard into this code and says nothing.
+        if stop.code == 130:
+            _fail("interrupted; the same command goes on where it stopped", 130)
+        raise
     except MemoryError as error:
         _fail(f"out of memory: {error or 'see the peak memory that `bitwright plan` prints'}")
     except OSError as error:

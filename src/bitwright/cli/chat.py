@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 from bitwright.cli.generate import stream
 
 
 def command(
-    path: str = typer.Argument(..., help="model or artifact directory"),
+    path: options.ModelOrArtifact,
     system: str | None = typer.Option(None, help="system message, where the model's chat template has one"),
     max_new_tokens: int = typer.Option(256, min=1, help="tokens an answer at most"),
-    temperature: float = typer.Option(0.7, min=0.0, help="0 takes the likeliest token"),
-    top_p: float = typer.Option(0.95, min=0.01, max=1.0, help="nucleus of the distribution to sample from"),
-    seed: int = typer.Option(0, min=0, help="seed of the sampling"),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16"),
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.95,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "float32",
 ) -> None:
     """Talk. An empty line or /exit ends; /reset forgets what was said."""
     from bitwright.calibration import load_tokenizer
@@ -30,7 +31,7 @@ def command(
     turns: list[dict[str, str]] = list(opening)
     while True:
         try:
-            said = console.err.input("> ").strip()
+            said = console.err.input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             break
         if said in ("", "/exit"):

@@ -93,18 +93,19 @@ class RunReporter:
         worst = max(entries, key=lambda entry: entry["error"])
         for entry in entries:
             if entry["rescue"]:
-                err.print(f"  note: {entry['linear']}: {entry['rescue']}", markup=False)
+                err.print(f"  note: {entry['linear']}: {entry['rescue']}", markup=False, soft_wrap=True)
         if not err.is_terminal:
             err.print(
                 f"block {index + 1}/{self._blocks}  worst error {worst['error']:.4f} ({worst['linear']})"
                 f"  {seconds:.0f} s, about {seconds / done * left:.0f} s left",
                 markup=False,
+                soft_wrap=True,
             )
         if left == 0:
             self._progress.stop()
 
     def note(self, message: str) -> None:
-        err.print(message, markup=False)
+        err.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

@@ -10,15 +10,15 @@ from typing import Any
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 
 
 def command(
     out: str | None = typer.Option(None, help="keep the artifact in this directory (default: a temporary one)"),
-    preset: str = typer.Option("bwa", help="recipe by name: bwa, rtn"),
-    set_: list[str] = typer.Option([], "--set", help="recipe option key=value"),
-    threads: int | None = typer.Option(None, min=1, help="threads; the result does not depend on them"),
-    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+    preset: options.Preset = "bwa",
+    set_: options.Set = [],  # noqa: B006
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Quantize the demo model, measure both, and let both speak."""
     from bitwright.demo.run import run_demo
@@ -52,11 +52,11 @@ def show(result: dict[str, Any]) -> None:
     table.add_row("weight files", f"{result['original_bytes']:,} bytes", f"{result['total_bytes']:,} bytes")
     console.out.print(table)
     console.out.print(f"excess: ln({after['perplexity']:.3f} / {before['perplexity']:.3f}) = {result['excess']:.4f}")
-    console.out.print(f"text: {after['text']}, sha256 {after['text_sha256']}", markup=False)
+    console.out.print(f"text: {after['text']}, sha256 {after['text_sha256']}", markup=False, soft_wrap=True)
     console.out.print(f"protocol: {after['protocol']}", markup=False, soft_wrap=True)
     for name in ("original", "quantized"):
         console.out.print(f"\n[bold]{name}[/bold] continues:")
         console.out.print(result["samples"][name], markup=False, soft_wrap=True)
     console.out.print(f"\n{result['seconds']:.0f} s")
     if result["kept"]:
-        console.out.print(f"the artifact is in {result['kept']}", markup=False)
+        console.out.print(f"the artifact is in {result['kept']}", markup=False, soft_wrap=True)

@@ -6,18 +6,18 @@ import json
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 
 
 def command(
-    path: str = typer.Argument(..., help="model or artifact directory"),
+    path: options.ModelOrArtifact,
     text: list[str] = typer.Option(..., "--text", help="evaluation text: .txt, .txt.xz or .jsonl; may be repeated"),
     join: str = typer.Option("none", help="join the text's lines first: none, space (the papers' PTB), blank-line"),
     window: int | None = typer.Option(None, min=2, help="tokens a window; default 2048 or the model's context"),
     windows: int | None = typer.Option(None, "--windows", min=1, help="at most so many windows"),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16"),
-    threads: int | None = typer.Option(None, min=1, help="windows at a time; the result does not depend on them"),
-    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Token perplexity in the papers' protocol, activation and cache quantizers at work."""
     from bitwright.calibration.text import JOINS, read_text
@@ -34,6 +34,6 @@ def command(
         return
     console.out.print(f"perplexity     {result.perplexity:.4f}")
     console.out.print(f"bits per byte  {result.bits_per_byte:.4f}")
-    console.out.print(f"text           {result.text}, sha256 {result.text_sha256}", markup=False)
+    console.out.print(f"text           {result.text}, sha256 {result.text_sha256}", markup=False, soft_wrap=True)
     console.out.print(f"tokens         {result.tokens:,} in {result.windows} windows")
-    console.out.print(f"protocol       {result.protocol}", markup=False)
+    console.out.print(f"protocol       {result.protocol}", markup=False, soft_wrap=True)

@@ -7,17 +7,18 @@ from typing import Any
 
 import typer
 
+from bitwright.cli import options
 from bitwright.errors import BitwrightError
 
 
 def command(
-    path: str = typer.Argument(..., help="model or artifact directory"),
+    path: options.ModelOrArtifact,
     prompt: str = typer.Argument(..., help="text to continue"),
     max_new_tokens: int = typer.Option(100, min=1, help="tokens to make at most"),
-    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token"),
-    top_p: float = typer.Option(0.95, min=0.01, max=1.0, help="nucleus of the distribution to sample from"),
-    seed: int = typer.Option(0, min=0, help="seed of the sampling"),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16"),
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 0.95,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "float32",
 ) -> None:
     """Continue PROMPT and print the text as it comes."""
     from bitwright.calibration import load_tokenizer

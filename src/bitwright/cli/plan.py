@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 
 if TYPE_CHECKING:
     from bitwright.pipeline import Plan
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def command(
     model: str = typer.Argument(..., help="Hugging Face model directory"),
-    preset: str = typer.Option("bwa", help="recipe by name: bwa, rtn"),
-    recipe: str | None = typer.Option(None, help="recipe from a JSON file instead"),
-    set_: list[str] = typer.Option([], "--set", help="recipe option key=value, e.g. weights.outliers=0"),
-    outliers: str | None = typer.Option(None, help="int8 channels: a number or 'auto'"),
-    threads: int | None = typer.Option(None, min=1, help="threads; peak memory depends on them"),
-    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+    preset: options.Preset = "bwa",
+    recipe: options.RecipeFile = None,
+    set_: options.Set = [],  # noqa: B006
+    outliers: options.Outliers = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print what `quantize` will write and need, exact to the byte, without reading a weight."""
     from bitwright.pipeline import plan

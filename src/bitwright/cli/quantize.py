@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 
 if TYPE_CHECKING:
     from bitwright.pipeline import Quantized
@@ -19,19 +19,19 @@ def command(
     model: str = typer.Argument(..., help="Hugging Face model directory"),
     output: str = typer.Argument(..., help="directory to write; must not exist"),
     calib: list[str] = typer.Option(..., "--calib", help="calibration text: .txt, .txt.xz or .jsonl; may be repeated"),
-    preset: str = typer.Option("bwa", help="recipe by name: bwa, rtn"),
-    recipe: str | None = typer.Option(None, help="recipe from a JSON file instead"),
-    set_: list[str] = typer.Option([], "--set", help="recipe option key=value, e.g. weights.feedback=column"),
-    outliers: str | None = typer.Option(None, help="int8 channels: a number or 'auto'"),
+    preset: options.Preset = "bwa",
+    recipe: options.RecipeFile = None,
+    set_: options.Set = [],  # noqa: B006
+    outliers: options.Outliers = None,
     sequences: int | None = typer.Option(None, min=1, help="calibration segments"),
     length: int | None = typer.Option(None, min=8, help="tokens a segment"),
     seed: int | None = typer.Option(None, min=0, help="seed of the segments"),
     eval_text: list[str] = typer.Option([], "--eval-text", help="text to measure both models on, for the card"),
     eval_windows: int = typer.Option(32, min=1, help="windows of it"),
-    threads: int | None = typer.Option(None, min=1, help="threads; the result does not depend on them"),
+    threads: options.Threads = None,
     restart: bool = typer.Option(False, help="drop an unfinished run on this output"),
     log: str | None = typer.Option(None, help="JSON lines, one a linear; default OUTPUT.log.jsonl"),
-    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+    as_json: options.AsJson = False,
 ) -> None:
     """Quantize block by block. Killed at any moment, the same command goes on and ends with the same bytes."""
     from bitwright.calibration import read_text
@@ -84,7 +84,7 @@ def summary(result: Quantized) -> dict[str, Any]:
 
 def show(result: Quantized, seconds: float) -> None:
     plan = result.plan
-    console.out.print(f"wrote {result.directory} in {seconds:.0f} s", markup=False)
+    console.out.print(f"wrote {result.directory} in {seconds:.0f} s", markup=False, soft_wrap=True)
     console.out.print(
         f"linears {plan.linear_bits:.4f} bits a weight, whole model {plan.model_bits:.4f} bits a parameter;"
         f" {plan.original_bytes:,} -> {plan.total_bytes:,} bytes"

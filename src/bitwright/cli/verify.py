@@ -6,12 +6,12 @@ import json
 
 import typer
 
-from bitwright.cli import console
+from bitwright.cli import console, options
 
 
 def command(
     artifact: str = typer.Argument(..., help="artifact directory"),
-    as_json: bool = typer.Option(False, "--json", help="one JSON object on stdout"),
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare every file with the manifest. Exit code 1 and a line for each problem where something differs."""
     from bitwright.artifact.manifest import read_manifest, verify
@@ -35,7 +35,9 @@ def command(
             console.out.print(str(problem), markup=False, soft_wrap=True)
     else:
         console.out.print(
-            f"{artifact} is whole: {len(manifest['files'])} files, {total:,} bytes, all sha256 match", markup=False
+            f"{artifact} is whole: {len(manifest['files'])} files, {total:,} bytes, all sha256 match",
+            markup=False,
+            soft_wrap=True,
         )
     if problems:
         raise typer.Exit(1)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import ModelError
-
-if TYPE_CHECKING:
-    from bitwright.models.skeleton import Skeleton
+from bitwright.models.frame import Frame
 
 Call = tuple[Tensor, dict[str, Any]]
 
@@ -59,20 +57,20 @@ class _Recorder(nn.Module):
 class materialized:
     """Parameters outside the blocks for the time of a with: given values, else zeros that no page of memory backs."""
 
-    def __init__(self, skeleton: Skeleton, values: dict[str, Tensor]) -> None:
-        self.skeleton, self.values = skeleton, values
+    def __init__(self, frame: Frame, values: dict[str, Tensor]) -> None:
+        self.frame, self.values = frame, values
         self.saved: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __enter__(self) -> None:
-        inside = f"{self.skeleton.prefix}."
+        inside = f"{self.frame.prefix}."
         shared: dict[int, nn.Parameter] = {}
-        tied = self.skeleton.tied_names()
-        embedding = self.skeleton.embedding.weight
-        for name, parameter in list(self.skeleton.model.named_parameters(remove_duplicate=False)):
+        tied = self.frame.tied_names()
+        embedding = self.frame.embedding.weight
+        for name, parameter in list(self.frame.model.named_parameters(remove_duplicate=False)):
             if name.startswith(inside) or not parameter.is_meta:
                 continue
             path, _, leaf = name.rpartition(".")
-            module = self.skeleton.model.get_submodule(path)
+            module = self.frame.model.get_submodule(path)
             self.saved.append((module, leaf, parameter))
             key = id(embedding) if name in tied and name not in self.values else id(parameter)
             if key not in shared:
@@ -87,32 +85,30 @@ class materialized:
             module._parameters[leaf] = parameter
 
 
-def record_calls(skeleton: Skeleton, **inputs: Tensor) -> list[Call]:
+def record_calls(frame: Frame, **inputs: Tensor) -> list[Call]:
     """Run the model's own forward up to its blocks and return (hidden states, keyword arguments) for each block."""
     calls: list[Call] = []
-    container = skeleton.model.get_submodule(skeleton.prefix)
-    last = len(skeleton.blocks) - 1
+    container = frame.model.get_submodule(frame.prefix)
+    last = len(frame.blocks) - 1
     try:
-        for index, block in enumerate(skeleton.blocks):
+        for index, block in enumerate(frame.blocks):
             container[index] = _Recorder(block, calls, index == last)  # type: ignore[operator, index]
         with torch.inference_mode():
-            skeleton.model(**inputs, use_cache=False)
+            frame.model(**inputs, use_cache=False)
     except _Stop:
         pass
     finally:
-        for index, block in enumerate(skeleton.blocks):
+        for index, block in enumerate(frame.blocks):
             container[index] = block  # type: ignore[operator, index]
-    if len(calls) != len(skeleton.blocks):
-        raise ModelError(
-            f"{type(skeleton.model).__name__} is not supported: it did not call each of its decoder blocks once"
-        )
+    if len(calls) != len(frame.blocks):
+        raise ModelError(f"{frame.name} is not supported: it did not call each of its decoder blocks once")
     return calls
 
 
-def embed(skeleton: Skeleton, values: dict[str, Tensor], input_ids: Tensor) -> list[Call]:
+def embed(frame: Frame, values: dict[str, Tensor], input_ids: Tensor) -> list[Call]:
     """As record_calls, for real tokens int64 [1, length] and the real values of the parameters outside the blocks."""
-    with materialized(skeleton, values):
-        return record_calls(skeleton, input_ids=input_ids)
+    with materialized(frame, values):
+        return record_calls(frame, input_ids=input_ids)
 
 
 class _Feed(nn.Module):
@@ -130,26 +126,26 @@ class _Feed(nn.Module):
 
 
 @contextmanager
-def head(skeleton: Skeleton, values: dict[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+def head(frame: Frame, values: dict[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
     """The part of the model after its blocks: a function from hidden states [1, length, width] to logits.
 
     The model's own forward runs, with blocks that hand on the given states, so whatever stands between the last block
     and the logits is what the architecture says. The function may be called by several threads.
     """
     local = threading.local()
-    container = skeleton.model.get_submodule(skeleton.prefix)
+    container = frame.model.get_submodule(frame.prefix)
 
     def logits(hidden: Tensor) -> Tensor:
         local.hidden = hidden
-        return skeleton.model(inputs_embeds=hidden, use_cache=False).logits
+        return frame.model(inputs_embeds=hidden, use_cache=False).logits
 
-    with materialized(skeleton, values):
-        for index, block in enumerate(skeleton.blocks):
+    with materialized(frame, values):
+        for index, block in enumerate(frame.blocks):
             container[index] = _Feed(local, block)  # type: ignore[operator, index]
         try:
             yield logits
         finally:
-            for index, block in enumerate(skeleton.blocks):
+            for index, block in enumerate(frame.blocks):
                 container[index] = block  # type: ignore[operator, index]
 
 

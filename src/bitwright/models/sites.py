@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import ModelError
+from bitwright.models.frame import Frame
 from bitwright.models.passes import first_line, run_block
-
-if TYPE_CHECKING:
-    from bitwright.models.skeleton import Skeleton
 
 # Names by which the four sites of the usual decoder block are known; others are named after their linears.
 SITE_NAMES = {
@@ -52,21 +50,29 @@ class SiteInfo:
         return self.linears[0]
 
 
-def find_sites(skeleton: Skeleton, index: int) -> tuple[SiteInfo, ...]:
-    """Run block `index` on the meta device and group its linears by the identity of their input.
-
-    Raises ModelError when the block holds weight matrices outside nn.Linear or a linear that is never called: a
-    quantizer that left them as they are would be silent about it.
-    """
-    block = skeleton.blocks[index]
-    where = f"{type(skeleton.model).__name__} block {skeleton.block_name(index)}"
+def find_linears(frame: Frame, index: int) -> dict[str, nn.Linear]:
+    """The linears of block `index` by name. Raises ModelError where the block has weight matrices outside of them."""
+    block = frame.blocks[index]
     linears = {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
     covered = {f"{name}.weight" for name in linears}
     for name, parameter in block.named_parameters():
         if parameter.dim() >= 2 and name not in covered:
             raise ModelError(
-                f"{where} is not supported: {name} {list(parameter.shape)} is a weight outside torch.nn.Linear"
+                f"{frame.name} block {frame.block_name(index)} is not supported:"
+                f" {name} {list(parameter.shape)} is a weight outside torch.nn.Linear"
             )
+    return linears
+
+
+def find_sites(frame: Frame, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[SiteInfo, ...]:
+    """Run block `index` on the meta device and group its linears by the identity of their input.
+
+    Raises ModelError when the block holds weight matrices outside nn.Linear or a linear that is never called: a
+    quantizer that left them as they are would be silent about it.
+    """
+    block = frame.blocks[index]
+    where = f"{frame.name} block {frame.block_name(index)}"
+    linears = find_linears(frame, index)
     order: list[tuple[int, str]] = []
     keep: list[Tensor] = []  # inputs stay alive, so that an identity is not used twice
 
@@ -77,7 +83,6 @@ def find_sites(skeleton: Skeleton, index: int) -> tuple[SiteInfo, ...]:
 
         return called
 
-    hidden, kwargs = skeleton.calls()[index]
     probe = copy.deepcopy(block).to("meta")
     for name in linears:
         probe.get_submodule(name).register_forward_pre_hook(hook(name))

@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitwright.errors import ModelError
 from bitwright.models.checkpoint import Checkpoint
+from bitwright.models.frame import Frame
 from bitwright.models.passes import Call, first_line, materialized, record_calls
-from bitwright.models.sites import SiteInfo, find_sites
+from bitwright.models.sites import SiteInfo, find_linears, find_sites
 
 
-class Skeleton:
+class Skeleton(Frame):
     """The meta model of a checkpoint, its decoder blocks and their sites. Raises ModelError when it does not fit."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -33,10 +34,13 @@ class Skeleton:
             )
         self.config = self._load_config()
         self.model = self._build()
-        self.prefix, blocks = self._find_blocks()
-        self.blocks: list[nn.Module] = list(blocks)
+        prefix, blocks = self._find_blocks()
+        super().__init__(self.model, self.config, prefix, list(blocks))
         self._calls: list[Call] | None = None
         self._sites: dict[int, tuple[SiteInfo, ...]] = {}
+        # First: an architecture that is not supported often has other names in its files, too.
+        for index in range(len(self.blocks)):
+            find_linears(self, index)
         self._check_names()
 
     def _load_config(self) -> Any:
@@ -73,8 +77,7 @@ class Skeleton:
         ]
         if len(found) != 1:
             raise ModelError(
-                f"{type(self.model).__name__} is not supported: expected one list of {depth} decoder blocks,"
-                f" found {len(found)}"
+                f"{self.name} is not supported: expected one list of {depth} decoder blocks, found {len(found)}"
             )
         return found[0]
 
@@ -86,7 +89,7 @@ class Skeleton:
         if missing:
             raise ModelError(
                 f"{self.checkpoint.directory} lacks {len(missing)} of the {len(expected)} tensors of"
-                f" {type(self.model).__name__}, first {missing[0]};"
+                f" {self.name}, first {missing[0]};"
                 " the checkpoint is incomplete or of another architecture"
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -99,26 +102,6 @@ class Skeleton:
                 )
         self.checkpoint.check_dtypes(sorted(expected & present))
         self.ignored = sorted(present - expected)
-
-    def tied_names(self) -> set[str]:
-        """State dict names that a checkpoint may leave out because they share another tensor."""
-        if not getattr(self.config.get_text_config(decoder=True), "tie_word_embeddings", False):
-            return set()
-        head = self.model.get_output_embeddings()
-        return {f"{name}.weight" for name, module in self.model.named_modules() if head is not None and module is head}
-
-    @property
-    def embedding(self) -> Any:
-        """The model's input embedding, on meta."""
-        return self.model.get_input_embeddings()
-
-    @property
-    def width(self) -> int:
-        """Channels of the hidden states."""
-        return int(self.embedding.embedding_dim)
-
-    def block_name(self, index: int) -> str:
-        return f"{self.prefix}.{index}"
 
     def block_tensor_names(self, index: int) -> list[str]:
         """Names inside block `index` of everything that its state dict holds."""
@@ -154,7 +137,7 @@ class Skeleton:
     def sites(self, index: int) -> tuple[SiteInfo, ...]:
         """Sites of block `index` in the order in which it uses them."""
         if index not in self._sites:
-            self._sites[index] = find_sites(self, index)
+            self._sites[index] = find_sites(self, index, *self.calls()[index])
         return self._sites[index]
 
     def calls(self) -> list[Call]:

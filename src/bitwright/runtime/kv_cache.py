@@ -27,7 +27,7 @@ def encode(states: Tensor, bits: int) -> Tensor:
     x = states.to(torch.float32).clamp(-_FP16_MAX, _FP16_MAX)
     top = 2**bits - 1
     low = x.amin(dim=-1, keepdim=True).to(torch.float16)
-    span = (x.amax(dim=-1, keepdim=True) - low.float()).clamp_min(0.0)
+    span = x.amax(dim=-1, keepdim=True) - low.float()
     scale = (span / top).clamp_min(6e-8).to(torch.float16)
     codes = torch.round((x - low.float()) / scale.float()).clamp(0, top).to(torch.uint8)
     if bits == 4:
@@ -39,7 +39,9 @@ def encode(states: Tensor, bits: int) -> Tensor:
 
 def decode(records: Tensor, head_dim: int, bits: int, dtype: torch.dtype) -> Tensor:
     """uint8 records [..., bytes] -> [..., head_dim] in `dtype`."""
-    codes, parameters = records[..., :-4], records[..., -4:].contiguous().view(torch.float16).float()
+    # Copied also where it is contiguous, as in a single record: there it may begin at an odd byte.
+    tail = records[..., -4:].clone(memory_format=torch.contiguous_format)
+    codes, parameters = records[..., :-4], tail.view(torch.float16).float()
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :head_dim]
     return (codes.float() * parameters[..., 0:1] + parameters[..., 1:2]).to(dtype)
@@ -54,18 +56,17 @@ class QuantizedKVLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append float states [batch, heads, new, head_dim]; returns all of them, dequantized, in the same dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = encode(key_states, self.bits), encode(value_states, self.bits)
-        else:
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys = torch.cat([self.keys, encode(key_states, self.bits)], dim=-2)
-            self.values = torch.cat([self.values, encode(value_states, self.bits)], dim=-2)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = torch.cat([self.keys, encode(key_states, self.bits)], dim=-2)
+        self.values = torch.cat([self.values, encode(value_states, self.bits)], dim=-2)
         return (
             decode(self.keys, key_states.shape[-1], self.bits, key_states.dtype),
             decode(self.values, value_states.shape[-1], self.bits, value_states.dtype),

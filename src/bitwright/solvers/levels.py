@@ -70,8 +70,8 @@ def _sort(block: Tensor, importance: Tensor) -> _Sorted:
 def em_levels(block: Tensor, importance: Tensor, bits: int, iterations: int = 20) -> Tensor:
     """Weighted Lloyd iterations in one dimension (BWA Algorithm 1; spec 2.3.1), fp32 [rows, 2**bits] ascending.
 
-    Starts at the h-weighted quantiles (2 i + 1) / 2**(bits + 1); an empty cluster keeps its level; a row stops when none
-    of its boundaries moves. It is frozen then while others go on, so rows do not influence each other.
+    Starts at the h-weighted quantiles (2 i + 1) / 2**(bits + 1); an empty cluster keeps its level; a row stops when
+    none of its boundaries moves. It is frozen then while others go on, so rows do not influence each other.
     """
     rows = _sort(block, importance)
     width, count = rows.weights.shape[1], 2**bits
@@ -85,7 +85,7 @@ def em_levels(block: Tensor, importance: Tensor, bits: int, iterations: int = 20
         mass = rows.s0.gather(1, edges).diff(dim=1)
         moment = rows.s1.gather(1, edges).diff(dim=1)
         means = torch.where(mass > 0, moment / torch.where(mass > 0, mass, 1.0), levels)
-        # An empty cluster that kept its level may stand out of order beside moved neighbours.
+        # In order but for rounding: a mean may land a hair beyond its neighbour.
         levels = torch.where(going, means.sort(dim=-1).values, levels)
         moved = _edges(rows.weights, levels)
         going = (moved != edges).any(dim=-1, keepdim=True)
@@ -110,8 +110,6 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
     """
     rows = _sort(block, importance)
     count, width = 2**bits, rows.weights.shape[1]
-    if width == 1:
-        return rows.weights.expand(-1, count).float()
     cost = _interval_costs(rows)
     best = cost[:, 0, :]
     choices = []

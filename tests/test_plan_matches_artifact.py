@@ -1,0 +1,176 @@
+"""A plan is exact: every byte that it announces is the byte that `quantize` writes, and it reads no weight."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bitwright
+import support
+from bitwright.artifact.shards import DTYPE_NAMES
+from conftest import MODELS
+
+OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    *[(model, preset, {}) for model in MODELS for preset in ("bwa", "rtn")],
+    *[(model, "bwa", {"weights.outliers": 0}) for model in MODELS],
+    ("llama", "bwa", {"weights.bits": 1}),
+    ("mistral", "bwa", {"weights.bits": 3, "weights.group": 32}),
+    ("qwen2", "bwa", {"weights.order": "none"}),
+    ("qwen2", "bwa", {"weights.order": "none", "weights.outliers": 0}),
+    ("llama", "bwa", {"weights.outliers": 0, "weights.order": "none", "weights.group": 64}),
+    ("mistral", "bwa", {"weights.group": 64}),
+    ("mistral", "rtn", {"weights.group": 64, "weights.outliers": 5}),
+    ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
+]
+
+
+def bits_by_hand(artifact: Path) -> tuple[float, float]:
+    """(bits a weight of the linears, bits a parameter of the whole model) from the files of an artifact alone.
+
+    Counted for a linear: all its tensors but the bias and the empty `weight`. A parameter of the whole model: a weight
+    of a linear, an element of a bias, and an element of every tensor that is kept as it is.
+    """
+    layers = json.loads((artifact / "config.json").read_text())["quantization_config"]["layers"]
+    linear_bytes = linear_weights = kept = 0
+    for name, entry in support.read_tensors(artifact).items():
+        layer, _, part = name.rpartition(".")
+        if layer not in layers or part == "bias":
+            kept += len(entry.raw) // {"F32": 4, "F16": 2, "BF16": 2}[entry.dtype]
+        elif part == "weight":
+            assert entry.raw == b""
+        else:
+            linear_bytes += len(entry.raw)
+    linear_weights = sum(spec["rows"] * spec["columns"] for spec in layers.values())
+    files = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
+    return linear_bytes * 8 / linear_weights, files * 8 / (linear_weights + kept)
+
+
+@pytest.mark.parametrize(("model", "preset", "options"), OPTIONS)
+def test_plan_is_exact_to_the_byte(
+    model: str, preset: str, options: dict[str, Any], models: dict[str, Path], artifact: Callable[..., Path]
+) -> None:
+    made = artifact(model, preset, options)
+    recipe = bitwright.preset(preset).with_options(support.SMALL | options)
+    plan = bitwright.plan(models[model], recipe)
+
+    # The files.
+    assert {path.name: path.stat().st_size for path in made.glob("*.safetensors")} == dict(
+        zip(plan.shard_names(), plan.shard_bytes, strict=True)
+    )
+    assert plan.total_bytes == sum(path.stat().st_size for path in made.glob("*.safetensors"))
+
+    # Every tensor: its shard, dtype, shape and bytes.
+    for shard, shapes in zip(plan.shard_names(), plan.shards, strict=True):
+        entries = support.read_safetensors(made / shard)
+        assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
+            name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()
+        }
+    stored = support.read_tensors(made)
+    assert plan.tensor_bytes == sum(len(entry.raw) for entry in stored.values())
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == plan.tensor_bytes
+    assert index["weight_map"] == {name: entry.file for name, entry in stored.items()}
+
+    # Every linear of the original is in the plan, with its shape, and none of its weights is in the artifact.
+    original = support.read_tensors(models[model])
+    linears = {name.removesuffix(".weight") for name in original if "proj.weight" in name}
+    assert {layer.name for layer in plan.layers} == linears
+    for layer in plan.layers:
+        assert (layer.spec.rows, layer.spec.columns) == original[f"{layer.name}.weight"].shape
+        own = {
+            name: len(entry.raw)
+            for name, entry in stored.items()
+            if name.startswith(f"{layer.name}.") and not name.endswith((".bias", ".weight"))
+        }
+        assert layer.bytes == sum(own.values())
+        assert layer.bits_per_weight == layer.bytes * 8 / (layer.spec.rows * layer.spec.columns)
+
+    # What is kept is byte for byte what the checkpoint held: embeddings, norms, heads, biases.
+    for name, entry in stored.items():
+        if name in original and entry.shape != (0,):
+            assert (entry.dtype, entry.shape, entry.raw) == (
+                original[name].dtype,
+                original[name].shape,
+                original[name].raw,
+            )
+    assert set(plan.kept) <= set(original)
+
+    # Honest bits, from the files.
+    assert (plan.linear_bits, plan.model_bits) == pytest.approx(bits_by_hand(made), rel=1e-12)
+    assert plan.original_bytes == sum(path.stat().st_size for path in models[model].glob("*.safetensors"))
+
+
+def test_options_change_what_they_should(models: dict[str, Path]) -> None:
+    def bits(**options: Any) -> float:
+        changes = {f"weights.{key}": value for key, value in options.items()}
+        return bitwright.plan(models["mistral"], bitwright.preset("bwa").with_options(changes)).linear_bits
+
+    assert bits(bits=1) < bits(bits=2) < bits(bits=3)
+    assert bits(outliers=0) < bits(outliers=16) < bits(outliers=32)
+    assert bits(group=128) < bits(group=64)
+    assert bits(outliers=0, order="none") < bits(outliers=0)
+    # A site has one permutation, whatever the number of its linears.
+    plan = bitwright.plan(models["mistral"], bitwright.preset("bwa"))
+    owners = [name for name in plan.shards[1] if name.endswith(".permutation")]
+    assert len(owners) == 4
+
+
+def test_json_is_one_object_with_the_same_numbers(models: dict[str, Path]) -> None:
+    outcome = support.run_cli("plan", models["mistral"], "--preset", "rtn", "--outliers", "8", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    recipe = bitwright.preset("rtn").with_options({"weights.outliers": 8})
+    plan = bitwright.plan(models["mistral"], recipe)
+    said = outcome.json
+    assert said == json.loads(json.dumps(plan.to_dict()))
+    assert said["shards"] == dict(zip(plan.shard_names(), plan.shard_bytes, strict=True))
+    assert said["linear_bits"] == plan.linear_bits
+    assert len(said["layers"]) == 14
+    assert all(layer["outliers"] == 8 for layer in said["layers"])
+
+
+def test_table_names_every_linear(models: dict[str, Path]) -> None:
+    outcome = support.run_cli("plan", models["llama_biases"], "--set", "weights.outliers=4", "--threads", "1")
+    assert outcome.code == 0
+    plan = bitwright.plan(models["llama_biases"], bitwright.preset("bwa").with_options({"weights.outliers": 4}))
+    for layer in plan.layers:
+        assert layer.name in outcome.out
+    assert f"{plan.linear_bits:.4f} bits a weight" in outcome.out
+    assert f"{plan.total_bytes:,} bytes" in outcome.out
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_sharded"])
+def test_plan_reads_no_weights(model: str, models: dict[str, Path], model_copy: Callable[[str], Path]) -> None:
+    """With every weight overwritten by zeros and then by NaN, the plan is the same."""
+    copy = model_copy(model)
+    expected = bitwright.plan(models[model], bitwright.preset("bwa")).to_dict() | {"model": copy.name}
+    for fill in (b"\x00", b"\xff"):
+        for path in copy.glob("*.safetensors"):
+            data = path.read_bytes()
+            start = 8 + struct.unpack("<Q", data[:8])[0]
+            path.write_bytes(data[:start] + fill * (len(data) - start))
+        assert bitwright.plan(copy, bitwright.preset("bwa")).to_dict() == expected
+
+
+def test_tensors_that_the_model_does_not_have_are_named(
+    models: dict[str, Path], model_copy: Callable[[], Path]
+) -> None:
+    """Left out, counted nowhere, and said so: never silent."""
+    copy = model_copy()
+    rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+    def add(entries: dict[str, Any]) -> None:
+        entries[rotary] = ("F32", (6,), b"\x00" * 24)
+
+    support.rewrite_safetensors(copy / "model.safetensors", add)
+    plan = bitwright.plan(copy, bitwright.preset("bwa"))
+    assert plan.ignored == (rotary,)
+    assert plan.total_bytes == bitwright.plan(models["llama"], bitwright.preset("bwa")).total_bytes
+    outcome = support.run_cli("plan", copy)
+    assert outcome.code == 0
+    assert "1 tensors of the files are left out" in outcome.out
+    assert rotary in outcome.out
