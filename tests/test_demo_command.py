@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import bitwright
 import support
+from bitwright.calibration import text_of
 
 corpus = pytest.importorskip("bitwright.demo.corpus")
 MODEL = Path(corpus.__file__).parent / "model"
@@ -49,11 +51,17 @@ def test_no_long_run_of_words_is_shared() -> None:
 
 
 @pytest.fixture(scope="module")
-def bwa() -> dict[str, Any]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the one run of the demo leaves its artifact."""
+    return tmp_path_factory.mktemp("demo") / "kept"
+
+
+@pytest.fixture(scope="module")
+def bwa(kept: Path) -> dict[str, Any]:
     """`bitwright demo`, once, with less calibration than it has by default."""
     if not (MODEL / "model.safetensors").exists():
         pytest.skip("the demo model is not in this checkout")
-    outcome = support.run_cli("demo", "--json", "--set", "calibration.sequences=6")
+    outcome = support.run_cli("demo", "--json", "--set", "calibration.sequences=6", "--out", kept)
     assert outcome.code == 0, outcome.err
     return outcome.json
 
@@ -90,16 +98,33 @@ def test_demo_says_everything(bwa: dict[str, Any]) -> None:
     assert all(sample.startswith(prompt) and len(sample) > len(prompt) for sample in bwa["samples"].values())
 
 
-def test_bwa_beats_round_to_nearest(bwa: dict[str, Any], tmp_path: Path) -> None:
-    """In words, with --out, which keeps a whole artifact."""
-    out = tmp_path / "kept"
-    outcome = support.run_cli("demo", "--preset", "rtn", "--set", "calibration.sequences=2", "--out", out)
-    assert outcome.code == 0, outcome.err
-    found = re.search(r"excess: ln\(([\d.]+) / ([\d.]+)\) = ([-\d.]+)", outcome.out)
-    assert found
-    rtn = float(found[3])
-    assert rtn == pytest.approx(math.log(float(found[1]) / float(found[2])), abs=1e-4)
-    print(f"\nexcess on the demo model: bwa {bwa['excess']:.4f}, rtn {rtn:.4f}")
-    assert 0 < bwa["excess"] < rtn
-    assert str(out) in outcome.out
-    assert support.run_cli("verify", out).code == 0
+def test_out_keeps_a_whole_artifact(bwa: dict[str, Any], kept: Path) -> None:
+    assert bwa["kept"] == str(kept)
+    assert bitwright.verify(kept) == []
+    assert sum(path.stat().st_size for path in kept.glob("*.safetensors")) == bwa["total_bytes"]
+
+
+def test_in_words(bwa: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command prints for people holds the same figures and both samples."""
+    from bitwright.cli.demo import show
+
+    show(bwa)
+    said = capsys.readouterr().out
+    before, after = bwa["original"]["perplexity"], bwa["quantized"]["perplexity"]
+    assert f"excess: ln({after:.3f} / {before:.3f}) = {bwa['excess']:.4f}" in said
+    for words in (bwa["quantized"]["protocol"], bwa["quantized"]["text_sha256"], f"{bwa['total_bytes']:,} bytes"):
+        assert words in said
+    for name in ("original", "quantized"):
+        assert bwa["samples"][name] in said
+
+
+def test_bwa_beats_round_to_nearest(bwa: dict[str, Any], kept: Path, tmp_path: Path) -> None:
+    """At most half of the excess of the same recipe with plain 2-bit weights, on the first windows of the text."""
+    recipe = bitwright.preset("rtn").with_options({"calibration.sequences": 2})
+    bitwright.quantize(MODEL, tmp_path / "rtn", recipe, text_of("calibration topics", corpus.calibration_text()))
+    text = text_of("evaluation topics", corpus.evaluation_text())
+    paths = {"original": MODEL, "bwa": kept, "rtn": tmp_path / "rtn"}
+    loss = {name: bitwright.evaluate(path, text, limit=12).loss for name, path in paths.items()}
+    ours, plain = loss["bwa"] - loss["original"], loss["rtn"] - loss["original"]
+    print(f"\nexcess on 12 windows: bwa {ours:.4f}, rtn {plain:.4f}; bwa on all {bwa['excess']:.4f}")
+    assert 0 < ours <= plain / 2

@@ -108,8 +108,11 @@ def test_em_is_lloyd_exactly_where_sums_are_exact(weights: list[float], bits: in
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 16, 40])
-def test_em_is_lloyd_on_weighted_reals(bits: int, width: int) -> None:
+@pytest.mark.parametrize("zeros", [False, True])
+def test_em_is_lloyd_on_weighted_reals(bits: int, width: int, zeros: bool) -> None:
     block, h = gaussian(10, width, seed=width), gaussian(width, seed=9).square() + 0.01
+    if zeros:
+        h[1::3] = 0.0
     levels = em_levels(block, h, bits)
     for weights, found in zip(block.double().tolist(), levels.double().tolist(), strict=True):
         assert found == pytest.approx(lloyd(weights, h.double().tolist(), 2**bits), abs=1e-5)

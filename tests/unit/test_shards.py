@@ -44,7 +44,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 
 @given(layouts, st.integers(0, 1000))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_library_reads_back_what_was_written(tmp_path: Path, layout: dict[str, Any], seed: int) -> None:
     tensors = {name: fill(shape, dtype, seed + i) for i, (name, (dtype, shape)) in enumerate(layout.items())}
     path = tmp_path / "shard.safetensors"

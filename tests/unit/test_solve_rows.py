@@ -79,10 +79,11 @@ def test_importance_kinds(feedback: Any, importance: Any) -> None:
 
 @pytest.mark.parametrize("feedback", MODES)
 @pytest.mark.parametrize("dead", [(0,), (3, 11, 19), (18, 19), tuple(range(8))])
-def test_dead_columns(feedback: Any, dead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("levels", ["em", "uniform"])
+def test_dead_columns(feedback: Any, dead: tuple[int, ...], levels: Any) -> None:
     weights = gaussian(5, 20, seed=9)
     hessian = site(20, seed=10, dead=dead)
-    recipe = WeightRecipe(group=8, feedback=feedback)
+    recipe = WeightRecipe(group=8, feedback=feedback, levels=levels)
     compare(weights, hessian, 2, recipe)
     # What stands in a dead column of the original is of no consequence.
     other = weights.clone()

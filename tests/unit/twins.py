@@ -17,7 +17,7 @@ from bitwright.recipe import WeightRecipe
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count * 15, deadline=None)
+    return settings(max_examples=count, deadline=None)
 
 
 def correlated(columns: int, seed: int, tokens: int | None = None) -> Tensor:
