@@ -180,7 +180,7 @@ NORM, EMBEDDING = "model.layers.0.post_attention_layernorm.weight", "model.embed
 changed_tensor("nan_in_linear", Q, with_value(float("nan")), f"tensor {Q}", "1 NaN or infinite value")
 changed_tensor("inf_in_norm", NORM, with_value(float("inf")), f"tensor {NORM}", "1 NaN or infinite value")
 changed_tensor("nan_in_embedding", EMBEDDING, with_value(float("nan")), f"tensor {EMBEDDING}", "NaN or infinite")
-changed_tensor("nan_in_eval", Q, with_value(float("nan")), "the loss on calibration.txt is not finite", command="eval")
+changed_tensor("nan_in_eval", Q, with_value(float("nan")), f"tensor {Q}", "NaN or infinite values", command="eval")
 changed_tensor("int8_weights", Q, lambda e: ("I8", e[1], e[2][: 72 * 72]), f"tensor {Q}", "dtype I8")
 changed_tensor(
     "wrong_shape_of_linear", Q, lambda e: (e[0], (36, 144), e[2]), f"tensor {Q}", "[36, 144]", "config.json asks for"
@@ -590,6 +590,39 @@ shard_case(
     f"{LAYER}.scales",
     "BF16",
     "F16",
+)
+
+
+def other_config(name: str, change: Callable[[dict[str, Any]], Any], *words: str) -> None:
+    def prepare(ground: Ground) -> Arguments:
+        directory = ground.quantized()
+        support.edit_json(directory / "config.json", change)
+        return ground.generate(directory)
+
+    case(name, *words)(prepare)
+
+
+other_config(
+    "artifact_config_of_fewer_blocks", lambda c: c.update(num_hidden_layers=1), "model.layers.1.self_attn.q_proj"
+)
+other_config("artifact_config_of_other_width", lambda c: c.update(intermediate_size=150), "150 x 72", "140 x 72")
+other_config("artifact_config_of_other_vocabulary", lambda c: c.update(vocab_size=200), "embed_tokens", "[200, 72]")
+other_config(
+    "artifact_without_method", lambda c: c["quantization_config"].pop("quant_method"), "cannot load", "quant_method"
+)
+other_config("artifact_without_quantization", lambda c: c.pop("quantization_config"), "down_proj.weight", "shape [0]")
+
+
+def nan_scale(entries: dict[str, Any]) -> None:
+    dtype, shape, raw = entries[f"{LAYER}.scales"]
+    entries[f"{LAYER}.scales"] = (dtype, shape, b"\xff\xff" + raw[2:])
+
+
+shard_case(
+    "artifact_with_a_scale_that_is_nan",
+    lambda d: support.rewrite_safetensors(d / SHARD, nan_scale),
+    f"tensor {LAYER}.scales",
+    "NaN or infinite values",
 )
 
 

@@ -48,4 +48,13 @@ def load(path: str | Path, dtype: str = "float32") -> Any:
             f"{path} lacks {len(missing)} of the tensors of {type(model).__name__}, first {missing[0]};"
             " the weights are incomplete or of another architecture"
         )
+    for name, tensor in model.state_dict().items():
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+        ):
+            raise error(
+                f"tensor {name} in {path} holds NaN or infinite values in {dtype}; nothing sensible can come of it"
+            )
     return model.eval()

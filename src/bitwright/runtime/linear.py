@@ -116,6 +116,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
+        """For type checkers: buffers are tensors, and which ones there are depends on the spec."""
         return super().__getattr__(name)
 
 

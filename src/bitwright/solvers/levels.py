@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 FP16_MAX = 65504.0
+# Entries of the cost tables that dp_levels holds at a time, 8 bytes each.
+DP_TABLE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,13 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
 
     D_m[b] = min over a of D_{m-1}[a] + cost(a, b) with cost(a, b) = S2 - S1^2 / S0 over the sorted weights a..b
     (spec 2.3.1). O(2**bits width^2) a row. Fewer distinct values than levels give repeated levels and zero error.
+    Rows are taken in portions, so that the tables of a wide group stay within some hundred megabytes.
     """
+    portion = max(1, DP_TABLE // (block.shape[1] + 1) ** 2)
+    return torch.cat([_dp_rows(rows, importance, bits) for rows in block.split(portion)])
+
+
+def _dp_rows(block: Tensor, importance: Tensor, bits: int) -> Tensor:
     rows = _sort(block, importance)
     count, width = 2**bits, rows.weights.shape[1]
     cost = _interval_costs(rows)
