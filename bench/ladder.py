@@ -1,4 +1,6 @@
-"""The ablation ladder of the BWA paper (its Table 5) on one model: python bench/ladder.py MODEL --calib FILE --text FILE.
+"""The ablation ladder of the BWA paper (its Table 5) on one model.
+
+    python bench/ladder.py MODEL --calib FILE --text FILE
 
 Each rung is preset bwa with options; docs/methods.md lists them. Finished rungs are kept in --work and not run again.
 """

@@ -1,4 +1,6 @@
-"""A randomly initialised model of TinyLlama's shape (1.1B parameters, bf16): python bench/random_model.py OUT --tokenizer DIR.
+"""A randomly initialised model of TinyLlama's shape (1.1B parameters, bf16).
+
+    python bench/random_model.py OUT --tokenizer DIR
 
 For measuring memory and time of `bitwright quantize`; its words mean nothing. The tokenizer is copied from DIR.
 """

@@ -1,7 +1,9 @@
-"""Kill -9 a quantization at random moments and let it resume: python bench/resume.py [--kills 100] [--seed 0].
+"""Kill -9 a quantization at random moments and let it resume.
+
+    python bench/resume.py [--kills 100] [--seed 0]
 
 The demo model is quantized once unbroken. Then runs are killed at random moments, started again and killed again until
-one gets through; its directory must equal the unbroken one byte for byte. Goes on until --kills kills have been survived.
+one gets through; its directory must equal the unbroken one byte for byte. Ends after --kills kills survived.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ def main() -> None:
                 raise SystemExit(f"chain {chains} left {leftovers} behind")
             shutil.rmtree(output)
             chains += 1
-            print(f"{kills} kills survived ({resumed} with blocks to resume from), {chains} artifacts, all equal", flush=True)
+            print(
+                f"{kills} kills survived ({resumed} with blocks to resume from), {chains} artifacts, all equal",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
