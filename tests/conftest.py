@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -129,9 +128,6 @@ def calibration(calibration_file: Path) -> Text:
     return read_text([calibration_file])
 
 
-Quantize = Callable[..., Path]
-
-
 @pytest.fixture(scope="session")
 def artifact(
     models: dict[str, Path], calibration: Text, tmp_path_factory: pytest.TempPathFactory
@@ -176,7 +172,3 @@ def shared() -> Path:
     if not (support.SHARED / "data" / "models" / "stories260K").is_dir():
         pytest.skip(f"no shared data in {support.SHARED} (set BITWRIGHT_SHARED)")
     return support.SHARED / "data"
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())

@@ -3,7 +3,7 @@
 Start-up is most of a short run, so this program imports everything once, by a run of its own, and forks a child for
 each attempt; a child is a process like any other and dies as one. One JSON object on stdin, one on stdout.
 
-    {"argv": [...], "out": DIR, "mode": "random", "seed": 1, "rounds": 2}    SIGKILL after random times until it is done
+    {"argv": [...], "out": DIR, "mode": "random", "seed": 1, "kills": 6}     SIGKILL after random times
     {"argv": [...], "out": DIR, "mode": "files", "stride": 3}                exit before operations 1, 1 + stride, ...
 """
 
@@ -71,12 +71,15 @@ def unbroken(argv: list[str], out: Path, counter: Path | None = None) -> tuple[d
     return support.tree(out), time.monotonic() - began
 
 
-def kill_at_random(argv: list[str], out: Path, seed: int, rounds: int) -> dict[str, Any]:
+def kill_at_random(argv: list[str], out: Path, seed: int, wanted: int) -> dict[str, Any]:
     expected, seconds = unbroken(argv, out)
     remove(out)
     rng = random.Random(seed)
-    kills, blocks = 0, []
-    for _ in range(rounds):
+    kills, blocks, rounds = 0, [], 0
+    while kills < wanted:
+        rounds += 1
+        if rounds > 100:
+            raise AssertionError("it is never hit")
         while True:
             child = in_child(argv, out)
             time.sleep(rng.uniform(0.1, 0.9) * seconds)
@@ -91,7 +94,7 @@ def kill_at_random(argv: list[str], out: Path, seed: int, rounds: int) -> dict[s
                 raise AssertionError("it never gets done")
         assert support.tree(out) == expected
         remove(out)
-    return {"kills": kills, "blocks": blocks, "seconds": seconds, "files": len(expected)}
+    return {"kills": kills, "rounds": rounds, "blocks": blocks, "seconds": seconds, "files": len(expected)}
 
 
 def leave_before_file_operations(argv: list[str], out: Path, stride: int) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def main() -> None:
     outcome = support.run_cli(*[str(warm) if word == str(out) else word for word in argv])
     assert outcome.code == 0, outcome.err
     if asked["mode"] == "random":
-        result = kill_at_random(argv, out, asked["seed"], asked["rounds"])
+        result = kill_at_random(argv, out, asked["seed"], asked["kills"])
     else:
         result = leave_before_file_operations(argv, out, asked["stride"])
     print(json.dumps(result))

@@ -12,7 +12,6 @@ import random
 import struct
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,13 +348,3 @@ def plain_perplexity(
         cache = QuantizedKVCache(model.config.num_hidden_layers, recipe.kv) if recipe and recipe.kv else None
         losses.append(float(model(ids, labels=ids, past_key_values=cache, use_cache=cache is not None).loss))
     return math.exp(sum(losses) / len(losses)), count * window
-
-
-@contextlib.contextmanager
-def working_directory(path: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)

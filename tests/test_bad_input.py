@@ -264,7 +264,7 @@ def _(ground: Ground) -> Arguments:
 
 config_case("model_type_unknown", lambda c: c.update(model_type="megallama"), "model_type 'megallama'")
 config_case("model_type_missing", lambda c: c.pop("model_type"), "model_type 'missing'")
-config_case("config_value_of_wrong_type", lambda c: c.update(hidden_size="big"), "hidden_size")
+config_case("config_value_of_wrong_type", lambda c: c.update(hidden_size="big"), "'hidden_size'", "'big'")
 config_case("config_of_more_layers", lambda c: c.update(num_hidden_layers=3), "lacks 9 of", "first model.layers.2.")
 config_case("config_of_no_layers", lambda c: c.update(num_hidden_layers=0), "no linear layers in decoder blocks")
 config_case("other_quantization", lambda c: c.update(quantization_config={"quant_method": "gptq"}), "already", "gptq")
@@ -778,7 +778,7 @@ def test_disk_full(size: int, file: str | None, ground: Ground) -> None:
 
 
 def test_interrupted_from_the_keyboard(ground: Ground) -> None:
-    """Ctrl-C: one line that says how to go on, exit code 130, and the same command goes on."""
+    """Ctrl-C: one line that says how to go on, and exit code 130."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

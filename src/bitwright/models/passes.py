@@ -20,8 +20,10 @@ Call = tuple[Tensor, dict[str, Any]]
 
 
 def first_line(problem: BaseException) -> str:
-    text = str(problem).strip() or type(problem).__name__
-    return text.splitlines()[0]
+    """What a problem of another library says first; a line that ends with a colon is told with its next one."""
+    lines = (str(problem).strip() or type(problem).__name__).splitlines()
+    count = next((i for i, line in enumerate(lines, 1) if not line.rstrip().endswith(":")), len(lines))
+    return " ".join(line.strip() for line in lines[:count])
 
 
 class _Stop(Exception):
