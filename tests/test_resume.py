@@ -311,3 +311,13 @@ def test_the_command_resumes_too(models: dict[str, Path], run: Run, half_done: P
     other = support.run_cli(*command, "--seed", "3")
     assert other.code == 1
     assert "differs in recipe, windows" in other.message
+
+
+def test_a_foreign_directory_in_the_place_of_the_run_is_not_touched(run: Run, tmp_path: Path) -> None:
+    foreign = tmp_path / "out.run"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(RunError, match=r"out\.run exists and holds no run of bitwright"):
+        run(restart=True)
+    assert (foreign / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    assert not (tmp_path / "out").exists()

@@ -147,11 +147,14 @@ def random_windows(tokens: Tensor, sequences: int, length: int, seed: int, text:
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
-def consecutive_windows(tokens: Tensor, length: int, limit: int | None, text: Text) -> Tensor:
-    """Windows side by side from the start, int64 [windows, length]; the rest of the text is left out."""
+def consecutive_windows(tokens: Tensor, length: int, limit: int | None, text: Text, option: str = "--window") -> Tensor:
+    """Windows side by side from the start, int64 [windows, length]; the rest of the text is left out.
+
+    `option` is what a user sets the length by, for the message where the text is too short.
+    """
     count = len(tokens) // length
     if limit is not None:
         count = min(count, limit)
     if count == 0:
-        raise _too_short(text, len(tokens), length, "--window")
+        raise _too_short(text, len(tokens), length, option)
     return tokens[: count * length].view(count, length)

@@ -141,7 +141,7 @@ class _Run:
         self.probes = 0
         if evaluation is not None:
             held_out = tokenize(tokenizer, evaluation, text_config.vocab_size)
-            held_out = consecutive_windows(held_out, length, evaluation_windows, evaluation)
+            held_out = consecutive_windows(held_out, length, evaluation_windows, evaluation, "calibration.length")
             self.probes = len(held_out)
             self.windows = torch.cat([self.windows, held_out])
             self.plan = plan_for(self.skeleton, recipe, self.probes, threads)
@@ -209,7 +209,7 @@ class _Run:
                 f"{self.output} already holds another artifact (it differs in {', '.join(differing)});"
                 " give another output or remove it"
             )
-        if self.directory.path.exists():
+        if self.directory.is_ours():
             self.directory.remove()
         self.reporter.note(f"{self.output} is already complete; nothing to do")
         return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"])

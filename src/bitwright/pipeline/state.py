@@ -48,6 +48,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process; a second run on the same output is refused."""
+        if self.path.exists() and not self.is_ours():
+            raise RunError(f"{self.path} exists and holds no run of bitwright; move it away or give another output")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
@@ -67,6 +69,11 @@ class RunDirectory:
             yield
         finally:
             self._lock.close()
+
+    def is_ours(self) -> bool:
+        """Whether the directory holds nothing but what runs leave there, and so may be cleaned."""
+        known = ("lock", STATE_NAME, "artifact", "stream-")
+        return self.path.is_dir() and all(path.name.startswith(known) for path in self.path.iterdir())
 
     def load(self) -> RunState | None:
         """The state of a broken-off run, None where there is none."""
