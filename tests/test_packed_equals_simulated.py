@@ -1,4 +1,4 @@
-"""Packed and simulated logits agree: what is written is what runs (DESIGN.md, rule 1).
+"""Packed and simulated logits agree: what is written is what runs (docs/evaluation.md, last section).
 
 The simulation shares no module with the packed model. It is the original model with nn.Linear layers, their weights
 replaced by what the stored bytes dequantize to, hooks that fake-quantize every linear's input, and the quantized cache.
