@@ -40,6 +40,9 @@ def test_original_equals_a_plain_loop(name: str, models: dict[str, Path], evalua
             math.log2(expected) * (len(tokens) - bos) / len(content.encode()), rel=1e-6
         )
         assert "nothing quantized" in result.protocol
+        available = len(tokens) // (window or support.CONTEXT)
+        cut = f"the first {limit} of {available} windows of the text" if limit else "windows averaged;"
+        assert cut in result.protocol
         assert ("BOS once at the start of the text" if bos else "no BOS") in result.protocol
 
 

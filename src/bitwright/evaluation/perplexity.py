@@ -116,13 +116,16 @@ def evaluate_model(
         loss=loss,
         tokens=int(windows.numel()),
         windows=len(windows),
-        protocol=_protocol(window, bos, recipe, dtype or str(model.dtype).removeprefix("torch.")),
+        protocol=_protocol(windows, tokens, bos, recipe, dtype or str(model.dtype).removeprefix("torch.")),
         text=text.name,
         text_sha256=text.sha256,
     )
 
 
-def _protocol(window: int, bos: bool, recipe: Any, dtype: str) -> str:
+def _protocol(windows: Tensor, tokens: Tensor, bos: bool, recipe: Any, dtype: str) -> str:
+    measured, window = windows.shape
+    available = len(tokens) // window
+    part = f", the first {measured} of {available} windows of the text" if measured < available else ""
     if recipe is None:
         quantized = "nothing quantized"
     else:
@@ -132,5 +135,5 @@ def _protocol(window: int, bos: bool, recipe: Any, dtype: str) -> str:
         quantized = f"{weights}, {activations}, {cache}"
     return (
         f"windows of {window} tokens, stride {window}, {'BOS once at the start of the text' if bos else 'no BOS'},"
-        f" mean loss over {window - 1} targets a window, windows averaged; {quantized}; {dtype}"
+        f" mean loss over {window - 1} targets a window, windows averaged{part}; {quantized}; {dtype}"
     )

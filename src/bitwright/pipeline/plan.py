@@ -20,7 +20,7 @@ from bitwright.workers import default_threads
 
 # Python, torch and transformers as they are once imported, and what the allocator keeps of freed memory; measured.
 BASE_MEMORY = 460 << 20
-SLACK = 1.8
+SLACK = 1.9
 
 
 @dataclass(frozen=True)
