@@ -95,3 +95,18 @@ def test_recipe_from_file_and_from_options_are_one(
     assert support.tree(tmp_path / "1") == support.tree(tmp_path / "2")
     assert (tmp_path / "two.jsonl").exists()
     assert not (tmp_path / "2.log.jsonl").exists()
+
+
+def test_calibration_files_may_follow_each_other(
+    models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path
+) -> None:
+    """`--calib A B` and `--calib A --calib B` are one thing."""
+    files = [calibration_file, evaluation_file]
+    sizes = ["--sequences", "3", "--length", "32"]
+    forms = {"follow": ["--calib", *files], "repeat": ["--calib", files[0], "--calib", files[1]]}
+    for name, form in forms.items():
+        outcome = support.run_cli("quantize", models["llama"], tmp_path / name, *form, *sizes)
+        assert outcome.code == 0, outcome.stderr
+    assert support.tree(tmp_path / "follow") == support.tree(tmp_path / "repeat")
+    said = f"{calibration_file.name}+{evaluation_file.name}"
+    assert said in (tmp_path / "follow" / "README.md").read_text(encoding="utf-8")

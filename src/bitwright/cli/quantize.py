@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def command(
     model: str = typer.Argument(..., help="Hugging Face model directory"),
     output: str = typer.Argument(..., help="directory to write; must not exist"),
-    calib: list[str] = typer.Option(..., "--calib", help="calibration text: .txt, .txt.xz or .jsonl; may be repeated"),
+    more: list[str] = typer.Argument(None, metavar="FILE", help="further files for --calib"),
+    calib: list[str] = typer.Option(..., "--calib", help="calibration text: .txt, .txt.xz or .jsonl; one or several"),
     preset: options.Preset = "bwa",
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
@@ -53,7 +54,7 @@ def command(
             model,
             output,
             asked,
-            read_text(list(calib)),
+            read_text([*calib, *(more or [])]),
             evaluation=read_text(list(eval_text)) if eval_text else None,
             evaluation_windows=eval_windows,
             threads=threads,
