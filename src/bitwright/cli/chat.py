@@ -47,7 +47,9 @@ def command(
 
 def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tokens: int) -> Any:
     """Token ids of the conversation; where it outgrows the context, the oldest exchanges are forgotten, aloud."""
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+    from bitwright.models import context_length
+
+    context = context_length(model.config)
     room = max(context - max_new_tokens, context // 2) if context else 0
     while True:
         if tokenizer.chat_template:

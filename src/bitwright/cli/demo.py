@@ -21,9 +21,9 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Quantize the demo model, measure both, and let both speak."""
-    from bitwright.demo.run import run_demo
+    from bitwright.demo.run import SEQUENCES, run_demo
 
-    recipe = console.recipe_from(preset, None, set_)
+    recipe = console.recipe_from(preset, None, [f"calibration.sequences={SEQUENCES}", *set_])
     began = time.monotonic()
     reporter = console.RunReporter()
     with tempfile.TemporaryDirectory(prefix="bitwright-demo-") as scratch:

@@ -49,10 +49,11 @@ def stream(
     from transformers import TextStreamer
 
     from bitwright.calibration.text import check_vocabulary
+    from bitwright.models import context_length
 
     config = model.config.get_text_config(decoder=True)
     check_vocabulary(ids, config.vocab_size)
-    context = int(getattr(config, "max_position_embeddings", 0) or 0)
+    context = context_length(config)
     if context and ids.shape[1] >= context:
         raise BitwrightError(
             f"the prompt has {ids.shape[1]} tokens and the model's context is {context}; give a shorter prompt"

@@ -24,8 +24,6 @@ def run_demo(
     output: Path, recipe: Recipe, threads: int | None = None, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Quantize the demo model into `output` and measure both on text that neither training nor calibration saw."""
-    if recipe.calibration.sequences == Recipe().calibration.sequences:
-        recipe = recipe.with_options({"calibration.sequences": SEQUENCES})
     result = quantize(
         MODEL,
         output,

@@ -20,6 +20,7 @@ from torch import Tensor
 from bitwright.calibration import Text, consecutive_windows, load_tokenizer, tokenize
 from bitwright.errors import ModelError, TextError
 from bitwright.evaluation.loading import load
+from bitwright.models import context_length
 from bitwright.workers import Workers
 
 
@@ -79,7 +80,7 @@ def evaluate_model(
     from bitwright.integrations.transformers import quantized_cache, recipe_of
 
     config = model.config.get_text_config(decoder=True)
-    context = int(getattr(config, "max_position_embeddings", 2048) or 2048)
+    context = context_length(config) or 2048
     window = window or min(2048, context)
     if not 2 <= window <= context:
         raise TextError(

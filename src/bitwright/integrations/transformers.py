@@ -1,7 +1,7 @@
 """`from_pretrained` for artifacts: bitwright as a quantization method of transformers.
 
-Importing this module registers the method. `import bitwright` arranges for that as soon as transformers' own table of
-methods is imported, so that it costs nothing before.
+Importing this module registers the method. `import bitwright` arranges for that as soon as transformers'
+model code is imported, so that it costs nothing before.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from bitwright.models.checkpoint import Checkpoint as Checkpoint
 from bitwright.models.checkpoint import TensorInfo as TensorInfo
+from bitwright.models.frame import context_length as context_length
 from bitwright.models.sites import LinearInfo as LinearInfo
 from bitwright.models.sites import SiteInfo as SiteInfo
 from bitwright.models.skeleton import Skeleton as Skeleton

@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model of this config can look back on, None where the config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
 @dataclass(eq=False)
 class Frame:
     """A causal language model of transformers on the meta device, its config, and its one list of decoder blocks.

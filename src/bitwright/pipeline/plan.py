@@ -14,7 +14,7 @@ from bitwright.artifact.layout import LayerSpec, Shape, counted, layer_shapes, s
 from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
 from bitwright.calibration.statistics import wave_sequences
 from bitwright.errors import ModelError, RecipeError
-from bitwright.models import Checkpoint, Skeleton
+from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.workers import default_threads
 
@@ -140,7 +140,7 @@ def plan(model: str | Path, recipe: Recipe, probes: int = 0, threads: int | None
 def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int | None = None) -> Plan:
     """As `plan`, for a skeleton at hand. `probes` sequences are carried along for measuring only."""
     checkpoint = skeleton.checkpoint
-    context = int(getattr(skeleton.config.get_text_config(decoder=True), "max_position_embeddings", 2048) or 2048)
+    context = context_length(skeleton.config) or 2048
     length = min(2048, context) if recipe.calibration.length == "auto" else recipe.calibration.length
     if length > context:
         raise RecipeError(
@@ -168,7 +168,7 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
     sequences = recipe.calibration.sequences + probes
     return Plan(
         model=checkpoint.directory.resolve().name,
-        architecture=type(skeleton.model).__name__,
+        architecture=skeleton.name,
         recipe=recipe,
         layers=tuple(layers),
         kept=kept,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bitwright
 from bitwright.artifact.card import write_card
-from bitwright.artifact.layout import FORMAT_VERSION, MANIFEST_NAME, QUANT_METHOD
+from bitwright.artifact.layout import FORMAT_VERSION, QUANT_METHOD
 from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
 from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
@@ -167,10 +167,12 @@ class _Run:
                 self.directory.clean(state)
                 self.reporter.note(f"resuming: {state.completed} of {len(self.skeleton.blocks)} blocks are done")
             with Workers(self.threads) as workers, torch.inference_mode():
+                values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
                 if state is None:
-                    state = self._start(facts, workers)
+                    state = self._start(facts, values)
+                calls = self._calls(values)
+                del values
                 self.reporter.begin(self.plan, state.completed)
-                calls = self._calls()
                 while state.completed < len(self.skeleton.blocks):
                     self._do_block(state, calls[state.completed], workers)
                 measured = self._measure(state, workers)
@@ -220,13 +222,12 @@ class _Run:
     def _stream(self, state: RunState, role: str) -> Stream:
         return Stream.open(self.directory.path / state.streams[role], self._shape())
 
-    def _start(self, facts: dict[str, Any], workers: Workers) -> RunState:
+    def _start(self, facts: dict[str, Any], values: dict[str, Tensor]) -> RunState:
         """Shard 0 and the hidden states before block 0."""
         self.directory.restart()
         self.directory.artifact.mkdir(parents=True, exist_ok=True)
         state = RunState(facts)
         self._write_shard(state, 0, self.checkpoint.load(self.skeleton.outer_tensor_names(), dtype=None))
-        values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
         target = Stream.create(self.directory.path / "stream-0.f32", self._shape())
         # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
         for index in range(len(self.windows)):
@@ -238,9 +239,8 @@ class _Run:
         self._seal(state)
         return state
 
-    def _calls(self) -> list[dict[str, Any]]:
+    def _calls(self, values: dict[str, Tensor]) -> list[dict[str, Any]]:
         """What the model passes to each block beside the hidden states: the same for every window."""
-        values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
         return [kwargs for _, kwargs in embed(self.skeleton, values, self.windows[:1])]
 
     def _do_block(self, state: RunState, call: dict[str, Any], workers: Workers) -> None:
@@ -348,7 +348,7 @@ class _Run:
                 if path.is_file():
                     shutil.copyfile(path, directory / path.name)
         config = dict(self.checkpoint.config)
-        config["architectures"] = [type(self.skeleton.model).__name__]
+        config["architectures"] = [self.skeleton.name]
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -361,7 +361,6 @@ class _Run:
         layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
         write_card(directory, self.plan, layers, measured, facts)
         write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers})
-        assert (directory / MANIFEST_NAME).exists()
 
     def _write_log(self, state: RunState) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log)

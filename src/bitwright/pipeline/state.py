@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bitwright.artifact.shards import WrittenShard, write_text
+from bitwright.artifact.shards import write_text
 from bitwright.errors import RunError
 from bitwright.models.checkpoint import read_json, sha256_file
 
@@ -136,7 +136,3 @@ class RunDirectory:
     def remove(self) -> None:
         (self.path / STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def shard_entry(written: WrittenShard) -> dict[str, Any]:
-    return asdict(written)
