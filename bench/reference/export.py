@@ -25,6 +25,8 @@ SOURCE_NOTES = {
     "wiki_train_a.txt.xz": "English Wikipedia articles of 2015 as plain text (CC BY-SA 3.0)",
     "wiki_train_b.txt.xz": "further English Wikipedia articles in WikiText's spacing (CC BY-SA 3.0)",
 }
+# Files of a repository stay small; transformers cuts a checkpoint at whole tensors.
+SHARD_BYTES = 15 * 2**20
 EVALUATION_NOTES = {
     "pydoc-topics-evaluation": "held-out topics of `pydoc_data.topics`: `evaluation_text()` of `bitwright.demo.corpus`",
     "wiki_valid.txt": "held-out English Wikipedia articles",
@@ -75,10 +77,14 @@ def card(run: Run) -> str:
         lines.append(f"| {what}; {read} | {weight:.0%} | {done:.2f} |")
     speed = run.tokens / run.seconds if run.seconds else 0.0
     precision = "bfloat16 autocast" if run.bf16 else "float32"
+    short = recipe.get("short_windows")
+    windows = f"windows of {recipe['context']}"
+    if short:
+        windows = f"windows of {short['length']} for the first {short['share']:.0%} and of {recipe['context']} after"
     lines += [
         "",
-        f"Weights of {state}: {run.tokens:,} tokens seen in windows of {recipe['context']}, batches of "
-        f"{recipe['batch_windows']} windows, seed {recipe['seed']}.",
+        f"Weights of {state}: {run.tokens:,} tokens seen in {windows}, batches of "
+        f"{recipe['batch_windows'] * recipe['context']:,} tokens, seed {recipe['seed']}.",
         f"AdamW, peak learning rate {recipe['peak_lr']:g}, {recipe['warmup_steps']} warmup steps, then a cosine to "
         f"{recipe['final_lr_fraction']:.0%} of it; {precision}.",
         f"{run.seconds:,.0f} seconds of training steps on {run.machine}: {speed:,.0f} tokens a second "
@@ -89,7 +95,7 @@ def card(run: Run) -> str:
         "The command, from a checkout of bitwright (TEXT: the folder with the text files):",
         "",
         f"    python bench/reference/train.py bench/reference/recipes/{run.args.recipe.name} "
-        "--text-dir TEXT --work WORK --out OUT",
+        f"{'--tokens ' + str(run.args.tokens) + ' ' if run.args.tokens else ''}--text-dir TEXT --work WORK --out OUT",
         "",
     ]
     if train:
@@ -119,10 +125,13 @@ def write(run: Run, out: Path) -> None:
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.") as name:
         folder = Path(name)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(run.work / "tokenizer" / file, folder / file)
         (folder / "README.md").write_text(card(run), encoding="utf-8")
+        for old in out.glob("model*.safetensors*"):  # of another number of shards
+            if not (folder / old.name).exists():
+                old.unlink()
         # config.json goes last: a reader that waits for it finds the rest in place.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             path.chmod(0o644)

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import END, RecipeError, Windows, documents, save_tokenizer, source_path, token_file, train_tokenizer
+from loss import summed_cross_entropy
+from replicas import Replicas
+from speed import flops_per_token, peak_flops
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -88,7 +91,13 @@ class Run:
         self.evaluation = {source["name"]: self._evaluation_text(source) for source in recipe["evaluation"]}
         self.model = build_model(recipe, self.tokenizer.token_to_id(END)).to(self.device)
         self.optimizer = build_optimizer(self.model, self.device)
-        self.forward = torch.compile(self.model) if args.compile else self.model
+        default = torch.get_num_threads() if self.device.type == "cpu" and not args.compile else 1
+        self.replicas = Replicas(self.model, args.replicas or default)
+        if args.compile:
+            self.model.compile()
+        self.micro_batch = min(
+            batch, args.micro_batch or recipe.get("micro_batch") or (1 if self.device.type == "cpu" else batch)
+        )
         self.unlogged: list[torch.Tensor] = []  # losses of the steps since the last line of the curve
         self.step, self.seconds, self.machine = 0, 0.0, export.machine(self.device)
 
@@ -109,25 +118,33 @@ class Run:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def loss(self, rows: torch.Tensor, model: torch.nn.Module, reduction: str = "mean") -> torch.Tensor:
-        """Cross-entropy of every token of the rows but the first of each."""
+    def loss(self, model: Any, rows: torch.Tensor) -> torch.Tensor:
+        """Summed cross-entropy, nats, of every token of the rows but the first of each."""
+        labels = rows[:, 1:].flatten()
         with self.autocast():
+            if self.device.type == "cpu" and not self.bf16 and not self.args.compile:
+                hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+                return summed_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels)
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction=reduction)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+
+    def window(self, step: int) -> int:
+        """Tokens that step looks back on: the recipe's short windows first, as they cost less, then its context."""
+        short = self.recipe.get("short_windows")
+        return short["length"] if short and step < short["share"] * self.steps else self.recipe["context"]
 
     def train_step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step on the next batch; gives its mean loss and the gradient's norm before clipping."""
-        batch = self.recipe["batch_windows"]
-        micro = min(batch, self.args.micro_batch or self.recipe.get("micro_batch", batch))
+        batch, context, window = self.recipe["batch_windows"], self.recipe["context"], self.window(self.step)
         rows = torch.from_numpy(self.windows.batch(self.step * batch, batch)).to(self.device)
         rate = learning_rate(self.recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        for part in rows.split(micro):
-            loss = self.loss(part, self.forward) * (len(part) / batch)
-            loss.backward()
-            total += loss.detach()
+        parts = [
+            torch.cat([part[:, at : at + window + 1] for at in range(0, context, window)])
+            for part in rows.split(self.micro_batch)
+        ]
+        total = self.replicas.accumulate(parts, lambda model, part: self.loss(model, part) / (batch * context))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +164,7 @@ class Run:
             if len(ids) - 1 > full * context:
                 batches.append(ids[None, full * context :])
             for batch in batches:
-                nats += float(self.loss(torch.from_numpy(batch).to(self.device), self.model, "sum"))
+                nats += float(self.loss(self.model, torch.from_numpy(batch).to(self.device)))
             found[name] = nats / math.log(2) / size
         self.model.train()
         return found
@@ -251,16 +268,26 @@ def record_evaluation(run: Run, log: curve.Curve) -> None:
 
 
 def benchmark(run: Run, seconds: float) -> None:
-    """Throughput after two warm-up steps; nothing is saved."""
-    for _ in timed_steps(run, 2):
-        pass
-    run.seconds, first = 0.0, run.step
-    loss = torch.zeros(())
-    for loss, _ in timed_steps(run, run.steps):  # noqa: B007 (the last loss is printed)
-        if run.seconds > seconds:
-            break
-    speed = (run.step - first) * run.recipe["batch_windows"] * run.recipe["context"] / run.seconds
-    print(f"{speed:,.0f} tokens/s over {run.step - first} steps, loss {float(loss):.3f}")
+    """Throughput after a warm-up step, in short windows and in full ones; nothing is saved."""
+    peak = peak_flops(run.device, torch.bfloat16 if run.bf16 else torch.float32)
+    print(f"best matrix product of this machine: {peak / 1e9:,.0f} GFLOP/s")
+    for first in sorted({0, next(step for step in range(run.steps) if run.window(step) == run.recipe["context"])}):
+        run.step = first
+        for _ in timed_steps(run, first + 1):
+            pass
+        run.seconds, loss = 0.0, torch.zeros(())
+        for loss, _ in timed_steps(run, run.steps):  # noqa: B007 (the last loss is printed)
+            if run.seconds > seconds:
+                break
+        speed = (run.step - first - 1) * run.recipe["batch_windows"] * run.recipe["context"] / run.seconds
+        window = run.window(first)
+        rate = speed * flops_per_token(run.model, window)
+        print(
+            f"windows of {window}: {speed:,.0f} tokens/s over {run.step - first - 1} steps, {rate / 1e9:,.0f} GFLOP/s, "
+            f"{rate / peak:.0%} of that product; loss {float(loss):.3f}"
+        )
+    if run.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print("epochs of each source in the whole run:", [round(value, 2) for value in run.windows.epochs()])
 
 
@@ -273,7 +300,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto", help="autocast; auto: on a GPU only")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--micro-batch", type=int, help="windows in one forward pass (less memory, same result)")
+    parser.add_argument("--tokens", type=int, help="instead of the recipe's; the schedule is stretched or shrunk to it")
+    parser.add_argument("--micro-batch", type=int, help="windows of the context in one forward pass")
+    parser.add_argument(
+        "--replicas", type=int, help="threads with a batch each; default: all cores of a CPU, 1 on a GPU"
+    )
     parser.add_argument("--save-minutes", type=float, default=3.0)
     parser.add_argument("--stop-minutes", type=float, default=math.inf, help="save and stop after this time")
     parser.add_argument("--log-every", type=int, default=20)
@@ -287,7 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.recipe.is_file():
             raise RecipeError(f"no recipe {args.recipe}")
-        run = Run(json.loads(args.recipe.read_text(encoding="utf-8")), args)
+        recipe = json.loads(args.recipe.read_text(encoding="utf-8"))
+        run = Run({**recipe, "tokens": args.tokens or recipe["tokens"]}, args)
         if args.benchmark:
             benchmark(run, args.benchmark)
             return 0

@@ -1,0 +1,103 @@
+"""Measures a trained model with bitwright's evaluator, checks it against a plain loop, and writes both on its card.
+
+Usage: python bench/reference/figures.py MODEL --text wikitext2_test.txt --text wiki_valid.txt --text ptb.test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import bitwright
+from bitwright.calibration import read_text
+
+HEADING = "## Figures"
+PROMPT = "The history of the city begins in the"
+
+
+def plain_loop(model: Any, tokenizer: Any, text: str) -> float:
+    """Perplexity by nothing but transformers: disjoint windows of the context, mean loss of each, averaged."""
+    window = min(2048, model.config.max_position_embeddings)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    losses = []
+    with torch.inference_mode():
+        for row in ids[: len(ids) // window * window].view(-1, window):
+            losses.append(float(model(input_ids=row[None], labels=row[None]).loss))
+    return math.exp(sum(losses) / len(losses))
+
+
+def measure(directory: Path, texts: list[Path]) -> list[dict[str, Any]]:
+    """Both perplexities of every text."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = []
+    for path in texts:
+        found = bitwright.evaluate(directory, read_text([path]))
+        plain = plain_loop(model, tokenizer, path.read_text(encoding="utf-8"))
+        rows.append({**found.to_dict(), "plain_loop": plain})
+        print(
+            f"{path.name}: {found.perplexity:.4f} a token, {found.bits_per_byte:.4f} bits a byte;"
+            f" plain loop {plain:.4f}"
+        )
+    return rows
+
+
+def sample(directory: Path) -> str:
+    """Fifty tokens after a prompt, drawn with seed 0."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    torch.manual_seed(0)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=50, min_new_tokens=50, do_sample=True, temperature=0.7, top_p=0.9)
+    return tokenizer.decode(out[0])
+
+
+def section(rows: list[dict[str, Any]], text: str) -> str:
+    """The card's section, in Markdown."""
+    lines = [
+        HEADING,
+        "",
+        "By `bitwright eval MODEL --text TEXT` (and by a plain loop over transformers); both in float32.",
+        "",
+        "| text | perplexity a token | bits a byte | plain loop | tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['text']}` | {row['perplexity']:.4f} | {row['bits_per_byte']:.4f} | {row['plain_loop']:.4f} "
+            f"| {row['tokens']:,} |"
+        )
+    lines += ["", f"Protocol: {rows[0]['protocol']}.", ""]
+    lines += [f'Fifty tokens after "{PROMPT}" (temperature 0.7, top-p 0.9, seed 0):', ""]
+    lines += [f"> {line}" for line in text.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    args = parser.parse_args(argv)
+    missing = [str(path) for path in [args.model / "README.md", *args.text] if not path.is_file()]
+    if missing:
+        print(f"error: no file {', '.join(missing)}", file=sys.stderr)
+        return 2
+    rows = measure(args.model, args.text)
+    (args.model / "figures.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    card = args.model / "README.md"
+    kept = card.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+    card.write_text(f"{kept}\n\n{section(rows, sample(args.model))}", encoding="utf-8")
+    worst = max(abs(row["perplexity"] / row["plain_loop"] - 1) for row in rows)
+    print(f"largest relative difference from the plain loop: {worst:.1e}")
+    return 0 if worst <= 1e-3 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
