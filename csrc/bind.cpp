@@ -1,0 +1,91 @@
+// The Python module: addresses as integers, checked by the caller; nothing of torch, nothing that copies.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <nanobind/stl/pair.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+#include "linear.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace bitwright;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Variant* chosen = nullptr;
+
+const Kernels& kernels() {
+  if (!chosen) chosen = find_variant(nullptr);
+  return chosen->kernels;
+}
+
+std::vector<std::pair<std::string, bool>> list_variants() {
+  int count;
+  const Variant* all = variants(&count);
+  std::vector<std::pair<std::string, bool>> found;
+  for (int i = 0; i < count; ++i) found.emplace_back(all[i].kernels.name, all[i].runs);
+  return found;
+}
+
+void choose(const std::string& name) {
+  const Variant* variant = find_variant(name.c_str());
+  if (!variant) throw std::invalid_argument("no variant of that name in this build");
+  if (!variant->runs) throw std::invalid_argument("this processor cannot run it");
+  chosen = variant;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "bitwright's kernels. Arguments are addresses and sizes; use bitwright.runtime, which checks them.";
+  m.def("variants", &list_variants);
+  m.def("choose", &choose);
+  m.def("chosen", [] { return std::string(kernels().name); });
+  m.def("packed_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
+    return packed_bytes(Geometry{rows, columns, outliers, group});
+  });
+  m.def("pack", [](int64_t linear_rows, uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
+                   uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers,
+                   int64_t group, int64_t row, uintptr_t packed, int threads) {
+    const Neutral from{linear_rows, at<const uint8_t>(codes), at<const uint16_t>(scales), at<const int8_t>(levels),
+                       at<const uint8_t>(zeros), at<const int8_t>(outlier_codes), at<const uint16_t>(outlier_scales)};
+    nb::gil_scoped_release free;
+    pack(from, Geometry{rows, columns, outliers, group}, row, at<uint8_t>(packed), threads);
+  });
+  m.def("unpack", [](uintptr_t packed, int64_t rows, int64_t columns, int64_t outliers, int64_t group, int64_t first,
+                     int64_t last, uintptr_t weights, int threads) {
+    nb::gil_scoped_release free;
+    unpack(at<const uint8_t>(packed), Geometry{rows, columns, outliers, group}, first, last, at<float>(weights),
+           threads);
+  });
+  m.def("site_linear", [](uintptr_t x, int64_t tokens, uintptr_t packed, int64_t rows, int64_t columns,
+                          int64_t outliers, int64_t group, uintptr_t order, float cut, int bits, uintptr_t bias,
+                          uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    site_linear(kernels(), at<const float>(x), tokens, at<const uint8_t>(packed),
+                Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits},
+                at<const float>(bias), at<float>(y), threads);
+  });
+  m.def("quantize_site", [](uintptr_t x, int64_t tokens, int64_t columns, int64_t outliers, int64_t group,
+                            uintptr_t order, float cut, int bits, uintptr_t codes, uintptr_t step, uintptr_t rest,
+                            uintptr_t shift, uintptr_t outlier_codes, uintptr_t outlier_step, uintptr_t outlier_shift,
+                            int threads) {
+    nb::gil_scoped_release free;
+    quantize_site(kernels(), at<const float>(x), Geometry{0, columns, outliers, group},
+                  Quantizer{at<const int32_t>(order), cut, bits},
+                  Activations{tokens, at<int8_t>(codes), at<float>(step), at<float>(rest), at<int32_t>(shift),
+                              at<int8_t>(outlier_codes), at<float>(outlier_step), at<int32_t>(outlier_shift)},
+                  threads);
+  });
+}

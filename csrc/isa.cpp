@@ -1,0 +1,56 @@
+#include "isa.h"
+
+#include <cstring>
+
+#include "activation/kernels.h"
+#include "product/kernels.h"
+
+namespace bitwright {
+
+#ifdef BITWRIGHT_WITH_EMULATION
+ProductFunction product_avx512_emulated;
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+// Single processor bits, not names of processors: Zen 4 and Ice Lake have what Sapphire Rapids has.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+}  // namespace
+
+const Variant* variants(int* count) {
+  static const Variant all[] = {
+#if defined(__x86_64__)
+      {{"avx512", quantize_avx2, product_avx512}, has_avx512()},
+      {{"avx2", quantize_avx2, product_avx2}, has_avx2()},
+#endif
+#if defined(__aarch64__)
+      {{"neon", quantize_neon, product_neon}, true},
+#endif
+      {{"scalar", quantize_scalar, product_scalar}, true},
+#ifdef BITWRIGHT_WITH_EMULATION
+      {{"avx512-emulated", quantize_scalar, product_avx512_emulated}, true},
+#endif
+  };
+  *count = static_cast<int>(sizeof(all) / sizeof(all[0]));
+  return all;
+}
+
+const Variant* find_variant(const char* name) {
+  int count;
+  const Variant* all = variants(&count);
+  for (int i = 0; i < count; ++i) {
+    if (name ? std::strcmp(all[i].kernels.name, name) == 0 : all[i].runs) return all + i;
+  }
+  return nullptr;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,26 @@
+// From the artifact's neutral tensors to tiles and back.
+#pragma once
+#include "site.h"
+
+namespace bitwright {
+
+// The stored tensors of one linear (docs/format.md). Two-bit codes; `levels` for free codebooks, `zeros` for uniform.
+struct Neutral {
+  int64_t rows;
+  const uint8_t* codes;           // [2][rows][ceil(normal / 8)]
+  const uint16_t* scales;         // [rows][groups], fp16
+  const int8_t* levels;           // [rows][groups][4], or null
+  const uint8_t* zeros;           // [rows][groups], or null: the level of code c is c - zero
+  const int8_t* outliers;         // [rows][outliers], or null
+  const uint16_t* outlier_scales; // [rows], fp16, or null
+};
+
+int64_t packed_bytes(const Geometry&);
+
+// Writes the rows of one linear into the packed weights of its site, from row `at` on. `packed` was zeroed before.
+void pack(const Neutral&, const Geometry&, int64_t at, uint8_t* packed, int threads);
+
+// Dequantized weights of rows first..last in site order, fp32 [last - first][columns].
+void unpack(const uint8_t* packed, const Geometry&, int64_t first, int64_t last, float* weights, int threads);
+
+}  // namespace bitwright

@@ -1,0 +1,157 @@
+"""The ops of `torch.ops.bitwright`: schemas, fake kernels, and for each a native and a reference kernel.
+
+The native kernels get addresses and sizes of tensors that are checked here; they know no torch. The reference kernels
+are torch code on the same packed bytes, for machines without a compiler and as a second opinion in the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitwright.activations import quantize_site as quantize_site_reference
+from bitwright.codebook import CodebookMatrix
+from bitwright.recipe import ActivationRecipe
+from bitwright.runtime.native import native
+from bitwright.runtime.tiles import Geometry, unpack
+
+_library = torch.library.Library("bitwright", "DEF")
+
+_library.define(
+    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip)"
+    " -> Tensor"
+)
+_library.define("dequantize(Tensor packed, int rows, int columns, int outliers, int group) -> Tensor")
+
+
+def _cut(clip: float) -> float:
+    """Share of the range taken off at each end."""
+    return (1.0 - clip) / 2.0
+
+
+def _check_packed(packed: Tensor, geometry: Geometry) -> None:
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != geometry.packed_bytes():
+        raise ValueError(
+            f"packed weights of {geometry} are {geometry.packed_bytes()} contiguous uint8;"
+            f" found {packed.numel()} of {packed.dtype}"
+        )
+    if packed.data_ptr() % 64:
+        raise ValueError("packed weights must begin at an address that 64 divides")
+
+
+def _check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry) -> None:
+    """What the native kernel relies on; raises ValueError."""
+    _check_packed(packed, geometry)
+    if x.dtype != torch.float32:
+        raise ValueError(f"x must be float32; found {x.dtype}")
+    if order is not None and (order.dtype != torch.int32 or order.shape != (geometry.columns,)):
+        raise ValueError(f"order must be int32 [{geometry.columns}]; found {order.dtype} {list(order.shape)}")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (geometry.rows,)):
+        raise ValueError(f"bias must be float32 [{geometry.rows}]; found {bias.dtype} {list(bias.shape)}")
+
+
+def _site_linear(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    outliers: int,
+    group: int,
+    clip: float,
+) -> Tensor:
+    """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
+    geometry = Geometry(rows, x.shape[-1], outliers, group)
+    _check(x, packed, order, bias, geometry)
+    module = native()
+    if module is None:
+        return _site_linear_reference(x, packed, order, bias, geometry, clip)
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    module.site_linear(
+        x.data_ptr(),
+        x.numel() // geometry.columns,
+        packed.data_ptr(),
+        rows,
+        geometry.columns,
+        outliers,
+        group,
+        0 if order is None else order.data_ptr(),
+        _cut(clip),
+        4,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _site_linear_reference(
+    x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry, clip: float
+) -> Tensor:
+    flat = x.reshape(-1, geometry.columns)
+    if order is not None:
+        flat = flat.index_select(1, order.to(torch.int64))
+    recipe = ActivationRecipe(bits=4, balance="none", clip=clip)
+    flat = quantize_site_reference(flat, geometry.outliers, geometry.group, recipe)
+    y = torch.nn.functional.linear(flat, _dequantize_reference(packed, geometry), bias)
+    return y.reshape(*x.shape[:-1], geometry.rows)
+
+
+_library.impl("site_linear", _site_linear, "CPU")
+
+
+@torch.library.register_fake("bitwright::site_linear", lib=_library)
+def _site_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    outliers: int,
+    group: int,
+    clip: float,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
+    """Packed weights of a site -> fp32 [rows, columns] in site order, exact."""
+    geometry = Geometry(rows, columns, outliers, group)
+    _check_packed(packed, geometry)
+    module = native()
+    if module is None:
+        return _dequantize_reference(packed, geometry)
+    weights = torch.empty((rows, columns), dtype=torch.float32)
+    sizes = (rows, columns, outliers, group)
+    module.unpack(packed.data_ptr(), *sizes, 0, rows, weights.data_ptr(), torch.get_num_threads())
+    return weights
+
+
+def _dequantize_reference(packed: Tensor, geometry: Geometry) -> Tensor:
+    parts = unpack(packed, geometry, 0, geometry.rows, "free")
+    matrix = CodebookMatrix(
+        rows=geometry.rows,
+        columns=geometry.columns,
+        bits=2,
+        group=geometry.group,
+        kind="free",
+        planes=parts["codes"],
+        scales=parts["scales"],
+        levels=parts["levels"],
+        outliers=parts.get("outliers"),
+        outlier_scales=parts.get("outlier_scales"),
+    )
+    return matrix.dequantize_site_order()
+
+
+_library.impl("dequantize", _dequantize, "CPU")
+
+
+@torch.library.register_fake("bitwright::dequantize", lib=_library)
+def _dequantize_fake(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
+    return packed.new_empty((rows, columns), dtype=torch.float32)
+
+
+site_linear = torch.ops.bitwright.site_linear.default
+dequantize = torch.ops.bitwright.dequantize.default
