@@ -55,13 +55,14 @@ NB_MODULE(_native, m) {
   m.def("packed_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
     return packed_bytes(Geometry{rows, columns, outliers, group});
   });
-  m.def("pack", [](int64_t linear_rows, uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
-                   uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers,
-                   int64_t group, int64_t row, uintptr_t packed, int threads) {
-    const Neutral from{linear_rows, at<const uint8_t>(codes), at<const uint16_t>(scales), at<const int8_t>(levels),
-                       at<const uint8_t>(zeros), at<const int8_t>(outlier_codes), at<const uint16_t>(outlier_scales)};
+  m.def("pack", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros, uintptr_t outlier_codes,
+                   uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers, int64_t group,
+                   uintptr_t packed, int threads) {
+    const Neutral from{at<const uint8_t>(codes),         at<const uint16_t>(scales),
+                       at<const int8_t>(levels),         at<const uint8_t>(zeros),
+                       at<const int8_t>(outlier_codes), at<const uint16_t>(outlier_scales)};
     nb::gil_scoped_release free;
-    pack(from, Geometry{rows, columns, outliers, group}, row, at<uint8_t>(packed), threads);
+    pack(from, Geometry{rows, columns, outliers, group}, at<uint8_t>(packed), threads);
   });
   m.def("unpack", [](uintptr_t packed, int64_t rows, int64_t columns, int64_t outliers, int64_t group, int64_t first,
                      int64_t last, uintptr_t weights, int threads) {

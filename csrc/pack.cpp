@@ -39,16 +39,16 @@ uint8_t code_at(const uint8_t* group, int64_t row, int64_t channel) {
 
 int64_t packed_bytes(const Geometry& g) { return g.tiles() * TileLayout(g).bytes; }
 
-void pack(const Neutral& from, const Geometry& g, int64_t at, uint8_t* packed, int threads) {
+void pack(const Neutral& from, const Geometry& g, uint8_t* packed, int threads) {
   const TileLayout layout(g);
-  if (at == 0) ask_for_large_pages(packed, packed_bytes(g));
+  ask_for_large_pages(packed, packed_bytes(g));
   const int64_t groups = g.groups(), plane_bytes = (g.normal() + 7) / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < from.rows; ++row) {
-    uint8_t* tile = const_cast<uint8_t*>(find(packed, layout, at + row).tile);
-    const int64_t place = (at + row) % kTileRows;
+  for (int64_t row = 0; row < g.rows; ++row) {
+    uint8_t* tile = packed + row / kTileRows * layout.bytes;
+    const int64_t place = row % kTileRows;
     const uint8_t* low = from.codes + row * plane_bytes;
-    const uint8_t* high = from.codes + (from.rows + row) * plane_bytes;
+    const uint8_t* high = from.codes + (g.rows + row) * plane_bytes;
     for (int64_t index = 0; index < groups; ++index) {
       uint8_t* group = tile + index * layout.group_bytes;
       for (int code = 0; code < 4; ++code) {

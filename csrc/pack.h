@@ -6,7 +6,6 @@ namespace bitwright {
 
 // The stored tensors of one linear (docs/format.md). Two-bit codes; `levels` for free codebooks, `zeros` for uniform.
 struct Neutral {
-  int64_t rows;
   const uint8_t* codes;           // [2][rows][ceil(normal / 8)]
   const uint16_t* scales;         // [rows][groups], fp16
   const int8_t* levels;           // [rows][groups][4], or null
@@ -17,8 +16,9 @@ struct Neutral {
 
 int64_t packed_bytes(const Geometry&);
 
-// Writes the rows of one linear into the packed weights of its site, from row `at` on. `packed` was zeroed before.
-void pack(const Neutral&, const Geometry&, int64_t at, uint8_t* packed, int threads);
+// Writes the tiles of one linear. `packed` was zeroed before. A site's linears stand one behind the other, each from a
+// tile of its own on, so that they can be multiplied together or alone.
+void pack(const Neutral&, const Geometry&, uint8_t* packed, int threads);
 
 // Dequantized weights of rows first..last in site order, fp32 [last - first][columns].
 void unpack(const uint8_t* packed, const Geometry&, int64_t first, int64_t last, float* weights, int threads);

@@ -43,65 +43,72 @@ def restore() -> None:
         module.choose(VARIANTS[0])
 
 
-def site(
-    rows: tuple[int, ...], columns: int, outliers: int, group: int, kind: Any = "free", seed: int = 0
-) -> tuple[list[CodebookMatrix], tiles.Geometry]:
-    matrices = [random_matrix(r, columns, group, kind, outliers, seed + i, True) for i, r in enumerate(rows)]
-    return matrices, tiles.geometry_of(matrices)
+def a_matrix(rows: int, columns: int, outliers: int, group: int, kind: Any = "free", seed: int = 0) -> CodebookMatrix:
+    return random_matrix(rows, columns, group, kind, outliers, seed, True)
 
 
-def call(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, g: tiles.Geometry) -> Tensor:
-    order32 = None if order is None else order.to(torch.int32)
+def call(x: Tensor, matrix: CodebookMatrix, bias: Tensor | None = None) -> Tensor:
+    g, packed = tiles.geometry_of(matrix), tiles.pack(matrix)
+    order32 = None if matrix.permutation is None else matrix.permutation.to(torch.int32)
     return ops.site_linear(x, packed, order32, bias, g.rows, g.outliers, g.group, 1.0)
 
 
 SITES = [
-    # rows of the linears, columns, outliers, group
-    ((64,), 256, 32, 128),
-    ((33, 5, 1), 300, 17, 64),
-    ((1,), 40, 3, 24),
-    ((40, 40), 264, 8, 256),
-    ((100,), 1000, 100, 128),
-    ((7,), 9, 8, 8),
-    ((32,), 129, 1, 128),
+    # rows, columns, outliers, group
+    (64, 256, 32, 128),
+    (39, 300, 17, 64),
+    (1, 40, 3, 24),
+    (80, 264, 8, 256),
+    (100, 1000, 100, 128),
+    (7, 9, 8, 8),
+    (32, 129, 1, 128),
+    (33, 64, 0, 16),
 ]
 
 
 @pytest.mark.parametrize("shape", SITES)
 @pytest.mark.parametrize("kind", ["free", "uniform"])
 def test_packing_keeps_every_bit(backend: str, shape: Any, kind: Any) -> None:
-    matrices, g = site(*shape, kind=kind)
-    packed = tiles.pack(matrices)
-    assert torch.equal(packed, tiles.pack_reference(matrices))
-    row = 0
-    for matrix in matrices:
-        found = tiles.unpack(packed, g, row, row + matrix.rows, kind)
-        expected = matrix.tensors()
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), name
-        row += matrix.rows
+    matrix = a_matrix(*shape, kind=kind)
+    g, packed = tiles.geometry_of(matrix), tiles.pack(matrix)
+    assert torch.equal(packed, tiles._pack_reference(matrix, g, torch.zeros_like(packed)))
+    found, expected = tiles.unpack(packed, g, kind), matrix.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
     weights = ops.dequantize(packed, g.rows, g.columns, g.outliers, g.group)
-    assert torch.equal(weights, torch.cat([matrix.dequantize_site_order() for matrix in matrices]))
+    assert torch.equal(weights, matrix.dequantize_site_order())
 
 
 @pytest.mark.parametrize("shape", SITES)
 @pytest.mark.parametrize("tokens", [1, 3, 14])
 def test_linear_is_the_readable_twin(backend: str, shape: Any, tokens: int) -> None:
-    matrices, g = site(*shape)
-    order = matrices[0].permutation
-    matrices = [CodebookMatrix(**{**vars(m), "permutation": order}) for m in matrices]
-    x, bias = gaussian(tokens, g.columns, seed=1) * 3, gaussian(g.rows, seed=2)
-    recipe = ActivationRecipe(balance="none")
-    expected = torch.cat([quantized_linear(x, matrix, recipe) for matrix in matrices], dim=1) + bias
-    found = call(x, tiles.pack(matrices), order, bias, g)
-    assert found.shape == (tokens, g.rows)
+    matrix = a_matrix(*shape)
+    x, bias = gaussian(tokens, matrix.columns, seed=1) * 3, gaussian(matrix.rows, seed=2)
+    expected = quantized_linear(x, matrix, ActivationRecipe(balance="none"), bias)
+    found = call(x, matrix, bias)
+    assert found.shape == (tokens, matrix.rows)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_linears_of_a_site_in_one_call(backend: str) -> None:
+    """Packed one behind the other, each from a tile of its own on: the same numbers as one by one."""
+    first = a_matrix(33, 100, 4, 32, seed=1)
+    matrices = [first, *(a_matrix(rows, 100, 4, 32, seed=rows) for rows in (8, 64))]
+    matrices = [CodebookMatrix(**{**vars(m), "permutation": first.permutation}) for m in matrices]
+    packed = torch.cat([tiles.pack(matrix) for matrix in matrices])
+    x = gaussian(3, 100, seed=5)
+    assert first.permutation is not None
+    found = ops.site_linear(x, packed, first.permutation.to(torch.int32), None, 64 + 32 + 64, 4, 32, 1.0)
+    for matrix, at in zip(matrices, (0, 64, 96), strict=True):
+        alone = call(x, matrix)
+        assert torch.allclose(found[:, at : at + matrix.rows], alone, rtol=1e-5, atol=1e-3)
+        assert backend == native.REFERENCE or torch.equal(found[:, at : at + matrix.rows], alone)
 
 
 @needs_native
 @given(
-    rows=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    rows=st.integers(1, 140),
     groups=st.integers(1, 4),
     group=st.sampled_from([8, 16, 24, 64, 128]),
     ragged=st.integers(0, 7),
@@ -114,7 +121,7 @@ def test_linear_is_the_readable_twin(backend: str, shape: Any, tokens: int) -> N
 )
 @examples(60)
 def test_all_variants_agree_to_the_last_bit(
-    rows: list[int],
+    rows: int,
     groups: int,
     group: int,
     ragged: int,
@@ -126,8 +133,8 @@ def test_all_variants_agree_to_the_last_bit(
     seed: int,
 ) -> None:
     normal = max(1, groups * group - ragged)
-    matrices, g = site(tuple(rows), normal + outliers, outliers, group, kind, seed)
-    x = gaussian(tokens, g.columns, seed=seed)
+    matrix = a_matrix(rows, normal + outliers, outliers, group, kind, seed)
+    x = gaussian(tokens, matrix.columns, seed=seed)
     scaled = {
         "normal": x,
         "positive": x.abs() + 5,
@@ -137,15 +144,14 @@ def test_all_variants_agree_to_the_last_bit(
         "equal": torch.full_like(x, 2.5),
         "mixed": x * torch.logspace(-6, 6, tokens).unsqueeze(1),
     }[spread]
-    packed = tiles.pack(matrices)
     results = {}
     before = torch.get_num_threads()
     try:
         for name in VARIANTS:
             module.choose(name)
             torch.set_num_threads(threads if name != "scalar" else 1)
-            results[name] = call(scaled, packed, matrices[0].permutation, None, g)
-            alone = call(scaled[-1:], packed, matrices[0].permutation, None, g)
+            results[name] = call(scaled, matrix)
+            alone = call(scaled[-1:], matrix)
             assert torch.equal(alone[0], results[name][-1]), "a token's result depends on its neighbours"
     finally:
         torch.set_num_threads(before)
@@ -156,30 +162,29 @@ def test_all_variants_agree_to_the_last_bit(
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_inputs(backend: str, name: str) -> None:
-    matrices, g = site((40,), 150, 6, 64)
-    x = EXTREMES[name](gaussian(4, g.columns, seed=8))
+    matrix = CodebookMatrix(**{**vars(a_matrix(40, 150, 6, 64)), "permutation": None})
+    x = EXTREMES[name](gaussian(4, 150, seed=8))
     recipe = ActivationRecipe(balance="none")
-    matrix = CodebookMatrix(**{**vars(matrices[0]), "permutation": None})
     expected = quantized_linear(x, matrix, recipe)
-    found = call(x, tiles.pack([matrix]), None, None, g).double()
-    size = float(x.double().abs().max() * g.columns * matrix.dequantize().abs().max()) + 1e-12
+    found = call(x, matrix).double()
+    size = float(x.double().abs().max() * 150 * matrix.dequantize().abs().max()) + 1e-12
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("channel", [0, 149])
 def test_what_is_not_finite_stays_visible(backend: str, value: float, channel: int) -> None:
-    matrices, g = site((40,), 150, 6, 64)
-    x = gaussian(3, g.columns, seed=3)
+    matrix = CodebookMatrix(**{**vars(a_matrix(40, 150, 6, 64)), "permutation": None})
+    x = gaussian(3, 150, seed=3)
     x[1, channel] = value
-    found = call(x, tiles.pack(matrices), None, None, g)
+    found = call(x, matrix)
     assert bool(found[1].isnan().all())
     assert bool(found[[0, 2]].isfinite().all())
 
 
 def test_the_ops_pass_opcheck(backend: str) -> None:
-    matrices, _ = site((20, 12), 100, 4, 32)
-    packed, order = tiles.pack(matrices), matrices[0].permutation
+    matrix = a_matrix(32, 100, 4, 32)
+    packed, order = tiles.pack(matrix), matrix.permutation
     assert order is not None
     for tokens in (1, 5):
         arguments = (gaussian(tokens, 100), packed, order.to(torch.int32), gaussian(32), 32, 4, 32, 1.0)
@@ -188,8 +193,7 @@ def test_the_ops_pass_opcheck(backend: str) -> None:
 
 
 def test_compile_and_export(backend: str) -> None:
-    matrices, _ = site((20, 12), 100, 4, 32)
-    packed = tiles.pack(matrices)
+    packed = tiles.pack(a_matrix(32, 100, 4, 32))
 
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -203,8 +207,7 @@ def test_compile_and_export(backend: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(backend: str) -> None:
-    matrices, _ = site((20,), 100, 4, 32)
-    packed, x = tiles.pack(matrices), gaussian(2, 100)
+    packed, x = tiles.pack(a_matrix(20, 100, 4, 32)), gaussian(2, 100)
     with pytest.raises(ValueError, match="packed weights"):
         ops.site_linear(x, packed[:-1], None, None, 20, 4, 32, 1.0)
     with pytest.raises(ValueError, match="packed weights"):
@@ -219,7 +222,7 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         ops.site_linear(x.double(), packed, None, None, 20, 4, 32, 1.0)
     three = random_matrix(4, 100, 32, "free", 4, 0, True, bits=3)
     with pytest.raises(ValueError, match="2-bit"):
-        tiles.pack([three])
+        tiles.pack(three)
 
 
 @needs_native

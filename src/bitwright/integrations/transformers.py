@@ -22,7 +22,7 @@ from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
 from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
-from bitwright.runtime import QuantizedKVCache, QuantizedLinear, quantized_linears
+from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
 
 
 class BitwrightConfig(QuantizationConfigMixin):
@@ -83,6 +83,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
+        pack_sites(model)
         if self.recipe.kv is not None:
             use_quantized_cache(model, self.recipe)
 

@@ -13,6 +13,10 @@ from bitwright.activations import quantize_site
 from bitwright.artifact.layout import LayerSpec, layer_shapes
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import ActivationRecipe
+from bitwright.runtime import ops, tiles
+from bitwright.runtime.native import native
+
+STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 
 
 class QuantizedLinear(nn.Module):
@@ -31,9 +35,13 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(full_name[len(name) + 1 :], torch.empty(shape, dtype=kind))
         if not spec.bias:
             self.register_buffer("bias", None)
+        # The kernels' tiles, made from the buffers above by `pack`; those are then let go.
+        self.packed: Tensor | None
+        self.register_buffer("packed", None, persistent=False)
         # In a list, so that the leader is not registered as a child of its neighbours.
         self._leader: list[QuantizedLinear] = [self]
         self._dense: Tensor | None = None
+        self._arguments: Any = None
 
     @classmethod
     def from_matrix(
@@ -64,25 +72,63 @@ class QuantizedLinear(nn.Module):
             return None
         return self._leader[0].permutation.to(torch.int64)
 
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the format but permutation, bias and sentinel; the module's own where it is not packed."""
+        if self.packed is not None:
+            return tiles.unpack(self.packed, self.geometry, self.spec.kind)
+        return {name: getattr(self, name) for name in STORED if getattr(self, name, None) is not None}
+
     def matrix(self) -> CodebookMatrix:
-        """The stored matrix; its tensors are the module's own, not copies."""
+        """The stored matrix."""
+        parts = self.stored()
         return CodebookMatrix(
             rows=self.spec.rows,
             columns=self.spec.columns,
             bits=self.spec.bits,
             group=self.spec.group,
             kind=self.spec.kind,
-            planes=self.codes,
-            scales=self.scales,
-            levels=getattr(self, "levels", None),
-            zeros=getattr(self, "zeros", None),
-            outliers=getattr(self, "outliers", None),
-            outlier_scales=getattr(self, "outlier_scales", None),
+            planes=parts["codes"],
+            scales=parts["scales"],
+            levels=parts.get("levels"),
+            zeros=parts.get("zeros"),
+            outliers=parts.get("outliers"),
+            outlier_scales=parts.get("outlier_scales"),
             permutation=self.order,
         )
 
+    @property
+    def geometry(self) -> tiles.Geometry:
+        return tiles.Geometry(self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group)
+
+    @property
+    def packable(self) -> bool:
+        """Whether the native kernels compute exactly what the recipe says, here and now."""
+        inputs = self.activations
+        fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4 and inputs.balance == "none"
+        return fits and self.weight.device.type == "cpu" and native() is not None
+
+    def pack(self, out: Tensor | None = None) -> None:
+        """Turn the stored tensors into the kernels' tiles, in `out` (zeros) where given, and let go of them."""
+        packed = tiles.pack(self.matrix(), out)
+        self._arguments = None
+        for name in STORED:
+            if hasattr(self, name):
+                setattr(self, name, None)
+        self.packed = packed
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        if self.packed is not None:
+            for name, tensor in self.stored().items():
+                setattr(self, name, tensor)
+            self.packed = None
+            self._arguments = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Float [..., in_features] -> the same dtype [..., out_features]."""
+        if self.packed is not None and self._dense is None:
+            y = ops.site_linear(x.to(torch.float32), self.packed, *self.kernel_arguments())
+            return y.to(x.dtype)
         flat = x.reshape(-1, self.in_features).to(torch.float32)
         order = self.order
         if order is not None:
@@ -92,6 +138,16 @@ class QuantizedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(torch.float32)
         y = nn.functional.linear(flat, weights, bias)
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def kernel_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int, int, float]:
+        """What `site_linear` wants beside inputs and tiles: order int32, bias fp32, rows, outliers, group, clip."""
+        if self._arguments is None:
+            spec = self.spec
+            assert self.activations is not None
+            order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
+            bias = None if self.bias is None else self.bias.to(torch.float32)
+            self._arguments = (order, bias, spec.rows, spec.outliers, spec.group, self.activations.clip)
+        return self._arguments
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Device moves reach all buffers; casts reach the sentinel and the bias alone.
@@ -105,8 +161,22 @@ class QuantizedLinear(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
+        if self.packed is not None and fn(self.weight).device.type != "cpu":
+            self.unpack()  # tiles are for the CPU's kernels
+        self._arguments = None
         super()._apply(careful, recurse)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """What the format stores, packed or not: save_pretrained writes the artifact's tensors."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        self._arguments = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -123,6 +193,21 @@ class QuantizedLinear(nn.Module):
 def quantized_linears(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """All QuantizedLinear in a module, with their names."""
     return ((name, child) for name, child in module.named_modules() if isinstance(child, QuantizedLinear))
+
+
+def pack_sites(module: nn.Module) -> None:
+    """Repack every linear in `module` that the native kernels serve, site by site.
+
+    The linears of a site stand one behind the other in one tensor, so that one call can multiply them all.
+    """
+    sites: dict[int, list[QuantizedLinear]] = {}
+    for _, linear in quantized_linears(module):
+        if linear.packed is None and linear.packable:
+            sites.setdefault(id(linear._leader[0]), []).append(linear)
+    for members in sites.values():
+        sizes = [linear.geometry.packed_bytes() for linear in members]
+        for linear, part in zip(members, torch.zeros(sum(sizes), dtype=torch.uint8).split(sizes), strict=True):
+            linear.pack(part)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: i
 
 
 def _dequantize_reference(packed: Tensor, geometry: Geometry) -> Tensor:
-    parts = unpack(packed, geometry, 0, geometry.rows, "free")
+    parts = unpack(packed, geometry, "free")
     matrix = CodebookMatrix(
         rows=geometry.rows,
         columns=geometry.columns,
