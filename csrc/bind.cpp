@@ -78,6 +78,12 @@ NB_MODULE(_native, m) {
                 Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits},
                 at<const float>(bias), at<float>(y), threads);
   });
+  m.def("dense_linear", [](uintptr_t x, int64_t tokens, uintptr_t weights, int64_t rows, int64_t columns, uintptr_t y,
+                           int threads) {
+    nb::gil_scoped_release free;
+    dense_linear(kernels(), at<const float>(x), tokens, at<const uint16_t>(weights), rows, columns, at<float>(y),
+                 threads);
+  });
   m.def("quantize_site", [](uintptr_t x, int64_t tokens, int64_t columns, int64_t outliers, int64_t group,
                             uintptr_t order, float cut, int bits, uintptr_t codes, uintptr_t step, uintptr_t rest,
                             uintptr_t shift, uintptr_t outlier_codes, uintptr_t outlier_step, uintptr_t outlier_shift,

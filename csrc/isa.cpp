@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "activation/kernels.h"
+#include "dense/kernels.h"
 #include "product/kernels.h"
 
 namespace bitwright {
@@ -29,15 +30,15 @@ bool has_avx512() {
 const Variant* variants(int* count) {
   static const Variant all[] = {
 #if defined(__x86_64__)
-      {{"avx512", quantize_avx2, product_avx512}, has_avx512()},
-      {{"avx2", quantize_avx2, product_avx2}, has_avx2()},
+      {{"avx512", quantize_avx2, product_avx512, dense_avx2}, has_avx512()},
+      {{"avx2", quantize_avx2, product_avx2, dense_avx2}, has_avx2()},
 #endif
 #if defined(__aarch64__)
-      {{"neon", quantize_neon, product_neon}, true},
+      {{"neon", quantize_neon, product_neon, dense_neon}, true},
 #endif
-      {{"scalar", quantize_scalar, product_scalar}, true},
+      {{"scalar", quantize_scalar, product_scalar, dense_scalar}, true},
 #ifdef BITWRIGHT_WITH_EMULATION
-      {{"avx512-emulated", quantize_scalar, product_avx512_emulated}, true},
+      {{"avx512-emulated", quantize_scalar, product_avx512_emulated, dense_scalar}, true},
 #endif
   };
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));

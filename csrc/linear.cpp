@@ -163,4 +163,15 @@ void quantize_site(const Kernels& kernels, const float* x, const Geometry& g, co
   }
 }
 
+void dense_linear(const Kernels& kernels, const float* x, int64_t tokens, const uint16_t* weights, int64_t rows,
+                  int64_t columns, float* y, int threads) {
+  constexpr int64_t kRows = 16;  // handed out together
+  const int64_t parts = (rows + kRows - 1) / kRows;
+  const int count = useful_threads(threads, parts, tokens);
+#pragma omp parallel for schedule(static) num_threads(count)
+  for (int64_t part = 0; part < parts; ++part) {
+    kernels.dense(x, tokens, weights, rows, columns, y, part * kRows, smaller(rows, (part + 1) * kRows));
+  }
+}
+
 }  // namespace bitwright

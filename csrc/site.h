@@ -77,6 +77,9 @@ struct Kernels {
   // tiles first..last of y [tokens][rows]; bias [rows] or null; scratch: product_scratch bytes, 64-byte aligned
   void (*product)(const uint8_t* weights, const Geometry&, const Activations&, const float* bias, float* y,
                   uint8_t* scratch, int64_t first, int64_t last);
+  // rows first..last of y [tokens][rows]; weights bfloat16 [rows][columns]
+  void (*dense)(const float* x, int64_t tokens, const uint16_t* weights, int64_t rows, int64_t columns, float* y,
+                int64_t first, int64_t last);
 };
 
 // Tokens that are worked on together while a group of weights lies decoded in the cache.

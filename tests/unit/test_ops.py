@@ -182,6 +182,17 @@ def test_what_is_not_finite_stays_visible(backend: str, value: float, channel: i
     assert bool(found[[0, 2]].isfinite().all())
 
 
+@pytest.mark.parametrize("columns", [1, 7, 8, 33, 100, 257])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_dense_linear_is_a_matrix_product(backend: str, columns: int, tokens: int) -> None:
+    x, weight = gaussian(tokens, columns, seed=1), gaussian(37, columns, seed=2).bfloat16()
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(ops.dense_linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(ops.dense_linear, (x, weight))
+    with pytest.raises(ValueError, match="weight bfloat16"):
+        ops.dense_linear(x, weight.float())
+
+
 def test_the_ops_pass_opcheck(backend: str) -> None:
     matrix = a_matrix(32, 100, 4, 32)
     packed, order = tiles.pack(matrix), matrix.permutation

@@ -21,6 +21,7 @@ _library.define(
     "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip)"
     " -> Tensor"
 )
+_library.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
 _library.define("dequantize(Tensor packed, int rows, int columns, int outliers, int group) -> Tensor")
 
 
@@ -115,6 +116,32 @@ def _site_linear_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
+def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x fp32 [..., columns], weight bfloat16 [rows, columns] -> fp32 [..., rows], products summed in fp32."""
+    if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be float32 [..., {weight.shape[1]}] and weight bfloat16;"
+            f" found {x.dtype} {list(x.shape)} and {weight.dtype}"
+        )
+    module = native()
+    if module is None:
+        return torch.nn.functional.linear(x, weight.to(torch.float32))
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, columns = weight.shape
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    tokens = x.numel() // columns
+    module.dense_linear(x.data_ptr(), tokens, weight.data_ptr(), rows, columns, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+_library.impl("dense_linear", _dense_linear, "CPU")
+
+
+@torch.library.register_fake("bitwright::dense_linear", lib=_library)
+def _dense_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
     """Packed weights of a site -> fp32 [rows, columns] in site order, exact."""
     geometry = Geometry(rows, columns, outliers, group)
@@ -155,3 +182,4 @@ def _dequantize_fake(packed: Tensor, rows: int, columns: int, outliers: int, gro
 
 site_linear = torch.ops.bitwright.site_linear.default
 dequantize = torch.ops.bitwright.dequantize.default
+dense_linear = torch.ops.bitwright.dense_linear.default
