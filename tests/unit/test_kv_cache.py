@@ -200,3 +200,29 @@ def test_early_initialization() -> None:
     assert cache.stored_bytes() == 0
     k, _ = states(7, 1)
     assert torch.equal(cache.update(k, k, 0)[0], filled()[1])
+
+
+def test_growth_keeps_every_record_and_copies_seldom() -> None:
+    layer = QuantizedKVCache(1, KVRecipe()).layers[0]
+    states = gaussian(2, 3, 700, 8, seed=1)
+    begins = set()
+    for token in range(700):
+        layer.append(states[:, :, token : token + 1], -states[:, :, token : token + 1])
+        begins.add(layer.keys.data_ptr())
+    assert torch.equal(layer.keys, encode(states, 4))
+    assert torch.equal(layer.values, encode(-states, 4))
+    assert len(begins) <= 3, "the room doubles"
+
+
+def test_append_after_crop_and_outside_inference_mode() -> None:
+    layer = QuantizedKVCache(1, KVRecipe()).layers[0]
+    states = gaussian(1, 2, 20, 8, seed=2)
+    with torch.inference_mode():
+        layer.append(states, states)
+        kept = layer.keys.clone()
+        layer.crop(-13)
+        layer.append(states[:, :, 12:15], states[:, :, 12:15])
+    layer.append(states[:, :, :1], states[:, :, :1])
+    expected = torch.cat([states[:, :, :7], states[:, :, 12:15], states[:, :, :1]], dim=2)
+    assert torch.equal(layer.keys, encode(expected, 4))
+    assert torch.equal(kept, encode(states, 4))

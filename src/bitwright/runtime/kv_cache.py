@@ -47,26 +47,67 @@ def decode(records: Tensor, head_dim: int, bits: int, dtype: torch.dtype) -> Ten
     return (codes.float() * parameters[..., 0:1] + parameters[..., 1:2]).to(dtype)
 
 
+class _Records:
+    """Records [batch, heads, tokens, bytes] at the front of a buffer with room for more, so that a token costs a token.
+
+    The cache's methods (crop, reorder, select) replace the visible tensor; the next append sees that it is another one
+    and begins a new buffer with it.
+    """
+
+    FIRST = 256  # tokens of room at the start; the room doubles
+
+    def __init__(self) -> None:
+        self.room: Tensor | None = None
+
+    def append(self, seen: Tensor, new: Tensor) -> Tensor:
+        """`seen` with `new` behind it along the tokens."""
+        if not seen.numel():
+            seen = new[..., :0, :]
+        length, total = seen.shape[-2], seen.shape[-2] + new.shape[-2]
+        if not self._holds(seen, total):
+            size = max(self.FIRST, 2 * total)
+            self.room = torch.empty((*new.shape[:2], size, new.shape[-1]), dtype=torch.uint8, device=new.device)
+            self.room[..., :length, :] = seen
+        assert self.room is not None
+        self.room[..., length:total, :] = new
+        return self.room[..., :total, :]
+
+    def _holds(self, seen: Tensor, total: int) -> bool:
+        room = self.room
+        if room is None or room.shape[-2] < total or room.shape[:2] != seen.shape[:2]:
+            return False
+        if room.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        return room.device == seen.device and room.data_ptr() == seen.data_ptr() and room.stride() == seen.stride()
+
+
 class QuantizedKVLayer(DynamicLayer):
     """One layer of the cache; `keys` and `values` hold uint8 records [batch, heads, tokens, bytes]."""
 
     def __init__(self, bits: int = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.bits = bits
+        self._key_records, self._value_records = _Records(), _Records()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append float states [batch, heads, new, head_dim]; returns all of them, dequantized, in the same dtype."""
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Quantize and append float states [batch, heads, new, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = torch.cat([self.keys, encode(key_states, self.bits)], dim=-2)
-        self.values = torch.cat([self.values, encode(value_states, self.bits)], dim=-2)
+        self.keys = self._key_records.append(self.keys, encode(key_states, self.bits))
+        self.values = self._value_records.append(self.values, encode(value_states, self.bits))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append float states [batch, heads, new, head_dim]; returns all of them, dequantized, in the same dtype."""
+        self.append(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         return (
             decode(self.keys, key_states.shape[-1], self.bits, key_states.dtype),
             decode(self.values, value_states.shape[-1], self.bits, value_states.dtype),
