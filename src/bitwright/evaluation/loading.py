@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def load(path: str | Path, dtype: str = "float32") -> Any:
             f"{path} lacks {len(missing)} of the tensors of {type(model).__name__}, first {missing[0]};"
             " the weights are incomplete or of another architecture"
         )
-    for name, tensor in model.state_dict().items():
+    # Not state_dict: it would turn packed weights back; the artifact's own numbers were checked before packing.
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if (
             tensor.is_floating_point()
             and tensor.numel()

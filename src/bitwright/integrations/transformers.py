@@ -83,6 +83,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
+        check_scales(model)
         pack_sites(model)
         if self.recipe.kv is not None:
             use_quantized_cache(model, self.recipe)
@@ -131,6 +132,17 @@ def check_files(files: list[str], specs: dict[str, LayerSpec]) -> None:
                 raise ArtifactError(
                     f"{where} is {found['dtype']} {found['shape']}; config.json asks for"
                     f" {DTYPE_NAMES[dtype]} {list(shape)}"
+                )
+
+
+def check_scales(model: nn.Module) -> None:
+    """Refuse scales that are not finite: nothing sensible can come of them. Raises ArtifactError."""
+    for name, linear in quantized_linears(model):
+        for part, tensor in linear.stored().items():
+            if tensor.device.type != "meta" and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ArtifactError(
+                    f"tensor {name}.{part} of the artifact holds NaN or infinite values;"
+                    " see what `bitwright verify` says"
                 )
 
 
