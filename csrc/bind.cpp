@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind_decoder.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
@@ -25,10 +26,12 @@ T* at(uintptr_t address) {
 
 const Variant* chosen = nullptr;
 
-const Kernels& kernels() {
+const Variant& variant() {
   if (!chosen) chosen = find_variant(nullptr);
-  return chosen->kernels;
+  return *chosen;
 }
+
+const Kernels& kernels() { return variant().kernels; }
 
 std::vector<std::pair<std::string, bool>> list_variants() {
   int count;
@@ -95,4 +98,5 @@ NB_MODULE(_native, m) {
                               at<int8_t>(outlier_codes), at<float>(outlier_step), at<int32_t>(outlier_shift)},
                   threads);
   });
+  bind_decoder(m, [] { return variant().decoder; });
 }

@@ -25,20 +25,25 @@ bool has_avx512() {
 }
 #endif
 
+constexpr DecoderKernels kDecoderScalar = {append_scalar, attend_scalar, hadamard_scalar};
+#if defined(__x86_64__)
+constexpr DecoderKernels kDecoderAvx2 = {append_avx2, attend_avx2, hadamard_avx2};
+#endif
+
 }  // namespace
 
 const Variant* variants(int* count) {
   static const Variant all[] = {
 #if defined(__x86_64__)
-      {{"avx512", quantize_avx2, product_avx512, dense_avx2}, has_avx512()},
-      {{"avx2", quantize_avx2, product_avx2, dense_avx2}, has_avx2()},
+      {{"avx512", quantize_avx2, product_avx512, dense_avx2}, has_avx512(), kDecoderAvx2},
+      {{"avx2", quantize_avx2, product_avx2, dense_avx2}, has_avx2(), kDecoderAvx2},
 #endif
 #if defined(__aarch64__)
-      {{"neon", quantize_neon, product_neon, dense_neon}, true},
+      {{"neon", quantize_neon, product_neon, dense_neon}, true, kDecoderScalar},
 #endif
-      {{"scalar", quantize_scalar, product_scalar, dense_scalar}, true},
+      {{"scalar", quantize_scalar, product_scalar, dense_scalar}, true, kDecoderScalar},
 #ifdef BITWRIGHT_WITH_EMULATION
-      {{"avx512-emulated", quantize_scalar, product_avx512_emulated, dense_scalar}, true},
+      {{"avx512-emulated", quantize_scalar, product_avx512_emulated, dense_scalar}, true, kDecoderScalar},
 #endif
   };
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));

@@ -1,5 +1,6 @@
 // Which instruction sets this processor has, and the functions for each.
 #pragma once
+#include "decoder.h"
 #include "site.h"
 
 namespace bitwright {
@@ -8,6 +9,7 @@ namespace bitwright {
 struct Variant {
   Kernels kernels;
   bool runs;
+  DecoderKernels decoder;
 };
 const Variant* variants(int* count);
 

@@ -1,38 +1,12 @@
 #include "linear.h"
 
 #include <atomic>
-#include <cstdlib>
-#include <new>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "threads.h"
 
 namespace bitwright {
 
 namespace {
-
-// Memory that a thread keeps between calls: a decode step would spend more time in malloc and page faults than here.
-class Arena {
- public:
-  ~Arena() { std::free(memory_); }
-
-  uint8_t* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = round_up(bytes + bytes / 4, 4096);
-      memory_ = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
-      if (!memory_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return memory_;
-  }
-
- private:
-  uint8_t* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 thread_local Arena shared_arena, own_arena;
 
@@ -104,14 +78,6 @@ class Tiles {
   Part parts_[kMost];
   int threads_;
 };
-
-int this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // No more threads than there is work for: a region costs some microseconds.
 int useful_threads(int threads, int64_t tiles, int64_t tokens) {

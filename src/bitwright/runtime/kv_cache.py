@@ -26,7 +26,8 @@ def encode(states: Tensor, bits: int) -> Tensor:
     """Float [..., head_dim] -> uint8 records [..., bytes]."""
     x = states.to(torch.float32).clamp(-_FP16_MAX, _FP16_MAX)
     top = 2**bits - 1
-    low = x.amin(dim=-1, keepdim=True).to(torch.float16)
+    # Plus zero: of two zeros the smallest value may be either, and the bytes should not depend on it.
+    low = x.amin(dim=-1, keepdim=True).to(torch.float16) + 0.0
     span = x.amax(dim=-1, keepdim=True) - low.float()
     scale = (span / top).clamp_min(6e-8).to(torch.float16)
     codes = torch.round((x - low.float()) / scale.float()).clamp(0, top).to(torch.uint8)

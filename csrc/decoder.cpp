@@ -1,0 +1,162 @@
+#include "decoder.h"
+
+#include <cmath>
+
+#include "exponential.h"
+#include "threads.h"
+
+namespace bitwright {
+
+namespace {
+
+thread_local Arena shared_arena, own_arena;
+
+// No more threads than there is work for: a region costs some microseconds.
+int useful_threads(int threads, int64_t items, int64_t work) {
+  constexpr int64_t kLeast = 1 << 16;  // multiplications or values that a thread is worth
+  const int64_t count = smaller<int64_t>(smaller<int64_t>(threads, items), work / kLeast);
+  return count < 1 ? 1 : static_cast<int>(count);
+}
+
+// One row of y from the partial sums over `parts` ranges of its keys, `stride` floats from one to the next.
+void combine(const float* sums, const float* top, const float* total, int64_t parts, int64_t sums_stride,
+             int64_t stride, int64_t head_dim, float* y) {
+  float highest = top[0];
+  for (int64_t i = 1; i < parts; ++i) highest = top[i * stride] > highest ? top[i * stride] : highest;
+  float whole = 0.0f;
+  for (int64_t c = 0; c < head_dim; ++c) y[c] = 0.0f;
+  for (int64_t i = 0; i < parts; ++i) {
+    if (total[i * stride] == 0.0f && parts > 1) continue;  // the window left nothing there
+    const float weight = parts == 1 ? 1.0f : std::exp(top[i * stride] - highest);
+    whole += weight * total[i * stride];
+    const float* from = sums + i * sums_stride;
+    for (int64_t c = 0; c < head_dim; ++c) y[c] += weight * from[c];
+  }
+  const float inverse = 1.0f / whole;
+  for (int64_t c = 0; c < head_dim; ++c) y[c] *= inverse;
+}
+
+}  // namespace
+
+void kv_append(const DecoderKernels& kernels, const float* states, int64_t head_stride, int64_t token_stride,
+               int64_t tokens, int64_t position, const Records& r, uint8_t* records, int threads) {
+  const int64_t items = r.heads * tokens;
+  const int count = useful_threads(threads, items, items * r.head_dim);
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t part = 0; part < count; ++part) {
+    for (int64_t i = items * part / count, end = items * (part + 1) / count; i < end;) {
+      const int64_t head = i / tokens, token = i % tokens, size = smaller(tokens - token, end - i);
+      kernels.append(states + head * head_stride + token * token_stride, token_stride, size, r,
+                     records + (head * r.capacity + position + token) * r.bytes());
+      i += size;
+    }
+  }
+}
+
+void kv_attention(const DecoderKernels& kernels, const Attention& a, float* y, int threads) {
+  const int64_t heads = a.cache.heads, rows = a.rows(), dim = a.cache.head_dim;
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t seen = a.length - a.first_key(0);  // keys from the first that any row sees
+  // How the work is cut depends on the call alone, never on the number of threads: so does the result.
+  const int64_t parts = rows <= kSplitRows ? (seen + kSplit - 1) / kSplit : 1;
+  const int64_t items = heads * blocks * parts;
+  const int count = useful_threads(threads, items, heads * rows * seen * dim);
+  const int64_t span_rows = smaller(rows, kRowBlock), span_floats = span_rows * (dim + 2);
+  const int64_t scratch = round_up(attention_scratch(a), 16);
+  float* shared = parts > 1 ? reinterpret_cast<float*>(shared_arena.get(items * span_floats * 4)) : nullptr;
+  const auto partial = [&](float* memory) {
+    return Partial{memory, memory + span_rows * dim, memory + span_rows * (dim + 1)};
+  };
+  const auto output = [&](int64_t head, int64_t row) {
+    return y + ((row / a.group * heads + head) * a.group + row % a.group) * dim;
+  };
+#pragma omp parallel num_threads(count) if (count > 1)
+  {
+    float* own = reinterpret_cast<float*>(own_arena.get((scratch + span_floats) * 4));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; ++item) {
+      // The last rows see most keys: they come first, so that no thread is left with a long one at the end.
+      const int64_t block = blocks - 1 - item / (heads * parts), head = item / parts % heads, part = item % parts;
+      Span s;
+      s.head = head;
+      s.first_row = block * kRowBlock;
+      s.rows = smaller(kRowBlock, rows - s.first_row);
+      s.first_key = a.first_key(s.first_row) + part * kSplit;
+      s.last_key = a.end_key(s.first_row + s.rows - 1);
+      if (parts > 1) s.last_key = smaller(s.last_key, s.first_key + kSplit);
+      const Partial p = partial(parts > 1 ? shared + item * span_floats : own + scratch);
+      kernels.attend(a, s, own, p);
+      if (parts > 1) continue;
+      for (int64_t i = 0; i < s.rows; ++i) {
+        combine(p.sums + i * dim, p.top + i, p.total + i, 1, 0, 0, dim, output(head, s.first_row + i));
+      }
+    }
+    if (parts > 1) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < heads * rows; ++i) {
+        const int64_t head = i / rows, row = i % rows;
+        const Partial p = partial(shared + head * parts * span_floats);
+        combine(p.sums + row * dim, p.top + row, p.total + row, parts, span_floats, span_floats, dim,
+                output(head, row));
+      }
+    }
+  }
+}
+
+void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t blocks, int64_t size, int threads) {
+  const int count = useful_threads(threads, blocks, blocks * size);
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t part = 0; part < count; ++part) {
+    const int64_t first = blocks * part / count, last = blocks * (part + 1) / count;
+    kernels.hadamard(x + first * size, y + first * size, last - first, size);
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads) {
+  constexpr int64_t kLanes = 16;  // independent sums, for the compiler's vectors
+  const int count = useful_threads(threads, rows, rows * width);
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = x + row * width;
+    float* to = y + row * width;
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+      for (int64_t k = 0; k < kLanes; ++k) lanes[k] += from[i + k] * from[i + k];
+    }
+    float sum = 0.0f;
+    for (; i < width; ++i) sum += from[i] * from[i];
+    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
+    for (int64_t k = 0; k < width; ++k) to[k] = weight[k] * (from[k] * factor);
+  }
+}
+
+void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,
+          int64_t tokens, int64_t heads, int64_t dim, int threads) {
+  const int count = useful_threads(threads, tokens, tokens * heads * dim);
+  const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float *c = cos + token * dim, *s = sin + token * dim;
+    for (int64_t head = 0; head < heads; ++head) {
+      const float* from = x + token * token_stride + head * head_stride;
+      float* to = y + (token * heads + head) * dim;
+      for (int64_t i = 0; i < half; ++i) to[i] = from[i] * c[i] - from[half + i] * s[i];
+      for (int64_t i = half; i < dim; ++i) to[i] = from[i] * c[i] + from[i - half] * s[i];
+    }
+  }
+}
+
+void silu_mul(const float* gate, const float* up, float* y, int64_t values, int threads) {
+  constexpr int64_t kBlock = 4096;
+  const int64_t blocks = (values + kBlock - 1) / kBlock;
+  const int count = useful_threads(threads, blocks, values);
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t last = smaller(values, (block + 1) * kBlock);
+    for (int64_t i = block * kBlock; i < last; ++i) y[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+  }
+}
+
+}  // namespace bitwright

@@ -1,0 +1,107 @@
+// What a decoder block does beside its quantized linears: the quantized cache, attention over it, the Hadamard
+// transform. Plain structs and functions, as in site.h.
+#pragma once
+#include "site.h"
+
+namespace bitwright {
+
+// Records of a quantized cache (docs/format.md, Run time), uint8 [heads][capacity][bytes()]: codes, then scale and
+// minimum as fp16. Because four bytes follow the codes, they may be read in whole words of four.
+struct Records {
+  int64_t heads, capacity, head_dim;
+  int bits;  // 4 or 8
+
+  BITWRIGHT_INLINE int64_t code_bytes() const { return (head_dim * bits + 7) / 8; }
+  BITWRIGHT_INLINE int64_t bytes() const { return code_bytes() + 4; }
+};
+
+// Queries that attend to the last `length` tokens of a cache, of which the last `tokens` are their own positions.
+//
+// The queries of all heads that share a head of the cache are its rows, [tokens][group].
+struct Attention {
+  Records cache;
+  const uint8_t *keys, *values;
+  const float* queries;
+  int64_t head_stride, token_stride;  // of `queries`, in floats
+  int64_t group;                      // query heads that share a head of the cache
+  int64_t tokens, length;
+  int64_t window;  // tokens that a query sees, itself included; 0: all before it
+  float scale;
+
+  BITWRIGHT_INLINE int64_t rows() const { return tokens * group; }
+  BITWRIGHT_INLINE const float* query(int64_t head, int64_t row) const {
+    return queries + (head * group + row % group) * head_stride + row / group * token_stride;
+  }
+  BITWRIGHT_INLINE int64_t end_key(int64_t row) const { return length - tokens + row / group + 1; }
+  BITWRIGHT_INLINE int64_t first_key(int64_t row) const {
+    const int64_t end = end_key(row);
+    return window > 0 && end > window ? end - window : 0;
+  }
+};
+
+constexpr int64_t kRowBlock = 48;   // rows that are worked on together while a chunk of keys lies decoded
+constexpr int64_t kKeyChunk = 64;   // keys that are worked on together
+constexpr int64_t kSplitRows = 16;  // up to so many rows the context is split among threads,
+constexpr int64_t kSplit = 512;     // into parts of so many keys
+
+// A part of the work: rows of one head (at most kRowBlock) and the keys that at least one of them sees.
+struct Span {
+  int64_t head, first_row, rows, first_key, last_key;
+};
+
+// Softmax over the keys of a span before the division: sums [rows][head_dim] of exp(score - top) * value, and the
+// `total` of exp(score - top), for each row.
+struct Partial {
+  float *sums, *top, *total;
+};
+
+// Floats of scratch that a thread of `attend` needs.
+BITWRIGHT_INLINE int64_t attention_scratch(const Attention& a) {
+  const int64_t width = round_up(a.cache.head_dim, 64);
+  const int64_t blocked = 2 * kRowBlock * width + kRowBlock * kKeyChunk + 2 * kKeyChunk * width + 8 * kKeyChunk;
+  return blocked > a.length ? blocked : a.length;
+}
+
+// Encodes states [tokens][head_dim] of one head, `stride` floats apart, into consecutive records.
+using AppendFunction = void(const float* states, int64_t stride, int64_t tokens, const Records&, uint8_t* records);
+AppendFunction append_scalar, append_avx2;
+
+using AttendFunction = void(const Attention&, const Span&, float* scratch, const Partial&);
+AttendFunction attend_scalar, attend_avx2;
+
+// x [blocks][size] -> y, each block times the Sylvester matrix over sqrt(size); `size` is a power of two. All variants
+// do the same float operations: x / sqrt(size) first, then butterflies of distance 1, 2, 4, ...
+using HadamardFunction = void(const float* x, float* y, int64_t blocks, int64_t size);
+HadamardFunction hadamard_scalar, hadamard_avx2;
+
+// One instruction set's functions.
+struct DecoderKernels {
+  AppendFunction* append;
+  AttendFunction* attend;
+  HadamardFunction* hadamard;
+};
+
+// Drivers that share the work among threads; results do not depend on `threads`.
+
+// states [heads][tokens][head_dim] with strides in floats, encoded from token `position` of the records on.
+void kv_append(const DecoderKernels&, const float* states, int64_t head_stride, int64_t token_stride, int64_t tokens,
+               int64_t position, const Records&, uint8_t* records, int threads);
+
+// y [tokens][heads * group][head_dim]
+void kv_attention(const DecoderKernels&, const Attention&, float* y, int threads);
+
+void hadamard(const DecoderKernels&, const float* x, float* y, int64_t blocks, int64_t size, int threads);
+
+// For these the compiler's own vectors are as fast as memory and call allow; there is one version.
+
+// y = weight * x / sqrt(mean(x^2) + eps), for each row
+void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads);
+
+// y = x * cos + (-second half, first half) * sin; x [tokens][heads][dim] with strides, cos and sin [tokens][dim]
+void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,
+          int64_t tokens, int64_t heads, int64_t dim, int threads);
+
+// y = gate / (1 + exp(-gate)) * up
+void silu_mul(const float* gate, const float* up, float* y, int64_t count, int threads);
+
+}  // namespace bitwright

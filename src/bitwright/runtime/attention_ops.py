@@ -1,0 +1,172 @@
+"""Ops on the quantized cache: append to it, and attend to it without dequantizing it whole.
+
+Both work on records (bitwright.runtime.kv_cache) in a buffer that is allocated once, uint8 [heads, capacity, bytes],
+so that a decode step neither copies nor decodes what is cached already. Schema, fake kernel, native and reference
+kernel as in bitwright.runtime.ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitwright.runtime.kv_cache import decode, encode
+from bitwright.runtime.native import native
+
+_library = torch.library.Library("bitwright", "FRAGMENT")
+
+_library.define("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
+_library.define(
+    "kv_attention(Tensor queries, Tensor keys, Tensor values, SymInt length, float scale, int window, int bits)"
+    " -> Tensor"
+)
+
+
+def record_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of one token's record for one head."""
+    return (head_dim * bits + 7) // 8 + 4
+
+
+def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8; found {bits}")
+    expected = record_bytes(head_dim, bits)
+    if records.dtype != torch.uint8 or records.dim() != 3 or records.shape[2] != expected:
+        raise ValueError(
+            f"{name} must be uint8 [heads, capacity, {expected}] for {bits} bits and head_dim {head_dim};"
+            f" found {records.dtype} {list(records.shape)}"
+        )
+    if not records.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def _check_states(name: str, states: Tensor) -> None:
+    if states.dtype != torch.float32 or states.dim() != 3 or states.shape[2] < 1:
+        raise ValueError(
+            f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}"
+        )
+
+
+def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+    """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
+
+    The bytes are those of kv_cache.encode. `states` may be a transposed view, as long as head_dim is contiguous.
+    """
+    _check_states("states", states)
+    heads, tokens, head_dim = states.shape
+    _check_records("records", records, head_dim, bits)
+    if records.shape[0] != heads or position < 0 or position + tokens > records.shape[1]:
+        raise ValueError(
+            f"states of {heads} heads and {tokens} tokens do not fit at position {position} of"
+            f" {records.shape[0]} heads and a capacity of {records.shape[1]}"
+        )
+    module = native()
+    if module is None:
+        records[:, position : position + tokens] = encode(states, bits)
+        return
+    if states.stride(2) != 1:
+        states = states.contiguous()
+    module.kv_append(
+        states.data_ptr(),
+        states.stride(0),
+        states.stride(1),
+        tokens,
+        position,
+        records.data_ptr(),
+        heads,
+        records.shape[1],
+        head_dim,
+        bits,
+        torch.get_num_threads(),
+    )
+
+
+_library.impl("kv_append", _kv_append, "CPU")
+
+
+@torch.library.register_fake("bitwright::kv_append", lib=_library)
+def _kv_append_fake(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+    return None
+
+
+def _kv_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
+) -> Tensor:
+    """Causal attention of queries fp32 [query heads, new, head_dim] over the first `length` tokens of the cache.
+
+    The queries are the last `new` of these tokens; their own keys and values were appended before. keys and values
+    are records uint8 [heads, capacity, bytes]; consecutive query heads share a head of the cache. A query sees
+    `window` tokens, itself included (0: all). Returns fp32 [new, query heads, head_dim], as the output projection
+    reads it.
+    """
+    _check_states("queries", queries)
+    heads_q, tokens, head_dim = queries.shape
+    _check_records("keys", keys, head_dim, bits)
+    _check_records("values", values, head_dim, bits)
+    heads, capacity, _ = keys.shape
+    if keys.shape != values.shape:
+        raise ValueError(f"keys and values must have one shape; found {list(keys.shape)} and {list(values.shape)}")
+    if heads < 1 or heads_q % heads:
+        raise ValueError(f"{heads_q} query heads are no multiple of the {heads} heads of the cache")
+    if not tokens <= length <= capacity:
+        raise ValueError(f"length must lie between {tokens} new tokens and the capacity {capacity}; found {length}")
+    if window < 0:
+        raise ValueError(f"window must be 0 (none) or a number of tokens; found {window}")
+    module = native()
+    if module is None:
+        return _kv_attention_reference(queries, keys, values, length, scale, window, bits)
+    if queries.stride(2) != 1:
+        queries = queries.contiguous()
+    y = torch.empty((tokens, heads_q, head_dim), dtype=torch.float32)
+    if y.numel():
+        module.kv_attention(
+            queries.data_ptr(),
+            queries.stride(0),
+            queries.stride(1),
+            keys.data_ptr(),
+            values.data_ptr(),
+            heads,
+            capacity,
+            head_dim,
+            bits,
+            heads_q // heads,
+            tokens,
+            length,
+            window,
+            scale,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y
+
+
+def _kv_attention_reference(
+    queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
+) -> Tensor:
+    heads_q, tokens, head_dim = queries.shape
+    group = heads_q // keys.shape[0]
+    k, v = (
+        decode(records[:, :length], head_dim, bits, torch.float32).repeat_interleave(group, dim=0)
+        for records in (keys, values)
+    )
+    key, query = torch.arange(length), torch.arange(length - tokens, length).unsqueeze(1)
+    seen = key <= query
+    if window:
+        seen &= key > query - window
+    y = torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=seen, scale=scale)
+    return y.transpose(0, 1).contiguous()
+
+
+_library.impl("kv_attention", _kv_attention, "CPU")
+
+
+@torch.library.register_fake("bitwright::kv_attention", lib=_library)
+def _kv_attention_fake(
+    queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
+) -> Tensor:
+    heads_q, tokens, head_dim = queries.shape
+    return queries.new_empty((tokens, heads_q, head_dim))
+
+
+kv_append = torch.ops.bitwright.kv_append.default
+kv_attention = torch.ops.bitwright.kv_attention.default
