@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.utils import logging
 
 import bitwright
@@ -34,7 +34,7 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model directories by the names in MODELS. Do not write to them."""
+    """Model directories by the names in MODELS, and qwen3. Do not write to them."""
     root = tmp_path_factory.mktemp("models")
     common: dict[str, Any] = {
         "vocab_size": 300,
@@ -99,6 +99,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.bfloat16,
             4,
             max_shard_size="100KB",
+        ),
+        # Norms of queries and keys by head.
+        "qwen3": save(
+            root / "qwen3",
+            Qwen3Config(
+                **common
+                | {
+                    "hidden_size": 64,
+                    "intermediate_size": 136,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 24,
+                },
+                tie_word_embeddings=True,
+            ),
+            torch.float32,
+            6,
         ),
         "llama_biases": save(
             root / "llama_biases",

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitwright.artifact.layout import QUANT_METHOD, LayerSpec, check_version, counted, layer_shapes
 from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
+from bitwright.integrations.lean_forward import use_lean_forward
 from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
@@ -87,6 +88,7 @@ class BitwrightQuantizer(HfQuantizer):
         pack_sites(model)
         if self.recipe.kv is not None:
             use_quantized_cache(model, self.recipe)
+            use_lean_forward(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.runtime.kv_cache import decode, encode
+from bitwright.runtime.kv_cache import decode, encode, record_bytes
 from bitwright.runtime.native import native
 
 _library = torch.library.Library("bitwright", "FRAGMENT")
@@ -20,11 +20,6 @@ _library.define(
     "kv_attention(Tensor queries, Tensor keys, Tensor values, SymInt length, float scale, int window, int bits)"
     " -> Tensor"
 )
-
-
-def record_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one token's record for one head."""
-    return (head_dim * bits + 7) // 8 + 4
 
 
 def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
@@ -42,9 +37,7 @@ def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None
 
 def _check_states(name: str, states: Tensor) -> None:
     if states.dtype != torch.float32 or states.dim() != 3 or states.shape[2] < 1:
-        raise ValueError(
-            f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}"
-        )
+        raise ValueError(f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}")
 
 
 def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:

@@ -11,6 +11,7 @@ and minimum as fp16. Because a record is one row of a uint8 tensor, everything t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from bitwright.recipe import KVRecipe
 
 _FP16_MAX = 65504.0
+
+
+def record_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of one token's record for one head."""
+    return (head_dim * bits + 7) // 8 + 4
 
 
 def encode(states: Tensor, bits: int) -> Tensor:
@@ -35,7 +41,9 @@ def encode(states: Tensor, bits: int) -> Tensor:
         if codes.shape[-1] % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return torch.cat([codes, scale.contiguous().view(torch.uint8), low.contiguous().view(torch.uint8)], dim=-1)
+    # Cloned, not contiguous(): of no tokens at all, that keeps strides which cannot be viewed as bytes.
+    parameters = [part.clone(memory_format=torch.contiguous_format).view(torch.uint8) for part in (scale, low)]
+    return torch.cat([codes, *parameters], dim=-1)
 
 
 def decode(records: Tensor, head_dim: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -62,16 +70,21 @@ class _Records:
 
     def append(self, seen: Tensor, new: Tensor) -> Tensor:
         """`seen` with `new` behind it along the tokens."""
-        if not seen.numel():
-            seen = new[..., :0, :]
-        length, total = seen.shape[-2], seen.shape[-2] + new.shape[-2]
-        if not self._holds(seen, total):
-            size = max(self.FIRST, 2 * total)
-            self.room = torch.empty((*new.shape[:2], size, new.shape[-1]), dtype=torch.uint8, device=new.device)
-            self.room[..., :length, :] = seen
-        assert self.room is not None
-        self.room[..., length:total, :] = new
-        return self.room[..., :total, :]
+        room, length = self.reserve(seen, new.shape)
+        total = length + new.shape[-2]
+        room[..., length:total, :] = new
+        return room[..., :total, :]
+
+    def reserve(self, seen: Tensor, new: Sequence[int]) -> tuple[Tensor, int]:
+        """The buffer with `seen` at its front and room for `new` [batch, heads, tokens, bytes]; the tokens seen."""
+        batch, heads, tokens, size = new
+        length = seen.shape[-2] if seen.numel() else 0
+        if self.room is None or not self._holds(seen, length + tokens):
+            capacity = max(self.FIRST, 2 * (length + tokens))
+            self.room = torch.empty((batch, heads, capacity, size), dtype=torch.uint8, device=seen.device)
+            if length:
+                self.room[..., :length, :] = seen
+        return self.room, length
 
     def _holds(self, seen: Tensor, total: int) -> bool:
         room = self.room
@@ -103,6 +116,20 @@ class QuantizedKVLayer(DynamicLayer):
         assert self.values is not None
         self.keys = self._key_records.append(self.keys, encode(key_states, self.bits))
         self.values = self._value_records.append(self.values, encode(value_states, self.bits))
+
+    def reserve(self, heads: int, tokens: int, head_dim: int) -> tuple[Tensor, Tensor, int]:
+        """Room for more tokens of one sequence, to be written by the caller: buffers uint8 [heads, capacity, bytes] of
+        keys and values, and the position from which on to write. The tokens count as cached from now on.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(torch.empty(0))
+        assert self.keys is not None
+        assert self.values is not None
+        shape = (1, heads, tokens, record_bytes(head_dim, self.bits))
+        keys, position = self._key_records.reserve(self.keys, shape)
+        values, _ = self._value_records.reserve(self.values, shape)
+        self.keys, self.values = keys[:, :, : position + tokens], values[:, :, : position + tokens]
+        return keys[0], values[0], position
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append float states [batch, heads, new, head_dim]; returns all of them, dequantized, in the same dtype."""

@@ -1,0 +1,138 @@
+"""The lean path of a packed model gives what transformers' forward gives, and steps aside where it does not serve."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bitwright
+from bitwright.integrations.transformers import quantized_cache, recipe_of
+from bitwright.runtime import QuantizedKVCache, native
+from bitwright.runtime.decoder import Decoder
+from conftest import MODELS
+
+pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
+
+OPTIONS = {"activations.balance": "none"}
+
+
+@pytest.fixture(params=[*MODELS, "qwen3"])
+def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
+    return bitwright.load(artifact(request.param, "bwa", OPTIONS))
+
+
+@contextmanager
+def without_lean_path(model: Any) -> Iterator[None]:
+    lean = model.model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        model.model.forward = lean
+
+
+@contextmanager
+def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many tokens each call of the lean path had."""
+    calls: list[int] = []
+    original = Decoder.__call__
+
+    def counting(self: Decoder, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
+        calls.append(len(ids))
+        return original(self, ids, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__call__", counting)
+        yield calls
+
+
+def steps(model: Any, ids: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Logits of the pieces of `ids`, one after the other into one cache."""
+    cache = quantized_cache(model, recipe_of(model))
+    with torch.inference_mode():
+        return [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(sizes, dim=1)]
+
+
+def test_it_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(0))
+    sizes = [40, 1, 1, 7, 1, 10]
+    with counted(model, monkeypatch) as calls:
+        found = steps(model, ids, sizes)
+    assert calls == sizes
+    with without_lean_path(model), counted(model, monkeypatch) as calls:
+        expected = steps(model, ids, sizes)
+    assert calls == []
+    for got, want in zip(found, expected, strict=True):
+        # Attention sums in another order; a rounding difference may tip a 4-bit code, which then counts.
+        assert (got - want).norm() / want.norm() < 0.05
+    assert (found[0] - expected[0]).norm() / expected[0].norm() < 2e-2
+
+
+def test_generate_says_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
+    ask = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with counted(model, monkeypatch) as calls:
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **ask)
+    assert calls == [12] + [1] * 11
+    with without_lean_path(model):
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **ask)
+    same = (found == expected).float().mean()
+    assert same > 0.6, "greedy text parts only where two tokens are as good as equal"
+
+
+def test_it_steps_aside(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(3, 13).view(1, -1)
+    recipe = recipe_of(model)
+    assert recipe is not None
+    padded = torch.ones(1, 10, dtype=torch.long)
+    padded[0, :2] = 0
+    with counted(model, monkeypatch) as calls:
+        with torch.inference_mode():
+            model(ids)  # transformers' own cache
+            model(ids, use_cache=False)
+            model(ids.repeat(2, 1), past_key_values=quantized_cache(model, recipe))
+            model(ids, attention_mask=padded, past_key_values=quantized_cache(model, recipe))
+            model(ids, position_ids=torch.arange(5, 15).view(1, -1), past_key_values=quantized_cache(model, recipe))
+            hidden = model(ids, output_hidden_states=True, past_key_values=quantized_cache(model, recipe)).hidden_states
+            assert len(hidden) == model.config.num_hidden_layers + 1
+        model(ids, past_key_values=quantized_cache(model, recipe))  # gradients on
+    assert calls == []
+    with counted(model, monkeypatch) as calls, torch.inference_mode():
+        model(ids, attention_mask=torch.ones(1, 10), past_key_values=quantized_cache(model, recipe))
+    assert calls == [10]
+
+
+def test_copies_and_changed_weights_are_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(3, 13).view(1, -1)
+    recipe = recipe_of(model)
+
+    def logits(which: Any) -> Tensor:
+        with torch.inference_mode():
+            result: Tensor = which(ids, past_key_values=quantized_cache(which, recipe)).logits
+        return result
+
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.norm.weight.mul_(2.0)
+        twin.model.layers[0].input_layernorm.weight.mul_(3.0)
+    assert torch.equal(logits(model), before), "a copy's change reaches the original"
+    changed = logits(twin)
+    assert (changed - before).norm() / before.norm() > 0.5
+    with without_lean_path(twin):
+        assert (changed - logits(twin)).norm() / changed.norm() < 2e-2
+    # New packed weights: the sites that the lean path holds are those of before, so it must not be used.
+    state = model.state_dict()
+    name = next(key for key in state if key.endswith("v_proj.scales"))
+    state[name] = state[name] * 0.25
+    model.load_state_dict(state)
+    with counted(model, monkeypatch) as calls:
+        after = logits(model)
+    assert calls == []
+    assert not torch.equal(after, before)
