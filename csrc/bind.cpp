@@ -13,6 +13,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
+#include "read.h"
 
 namespace nb = nanobind;
 using namespace bitwright;
@@ -80,6 +81,10 @@ NB_MODULE(_native, m) {
     site_linear(kernels(), at<const float>(x), tokens, at<const uint8_t>(packed),
                 Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits},
                 at<const float>(bias), at<float>(y), threads);
+  });
+  m.def("read_memory", [](uintptr_t words, int64_t count, int threads) {
+    nb::gil_scoped_release free;
+    return read_memory(at<const uint64_t>(words), count, threads);
   });
   m.def("dense_linear", [](uintptr_t x, int64_t tokens, uintptr_t weights, int64_t rows, int64_t columns, uintptr_t y,
                            int threads) {

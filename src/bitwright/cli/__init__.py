@@ -8,7 +8,7 @@ import sys
 import typer
 
 from bitwright import __version__
-from bitwright.cli import chat, demo, doctor, evaluate, generate, plan, quantize, verify
+from bitwright.cli import bench, chat, demo, doctor, evaluate, generate, plan, quantize, verify
 from bitwright.errors import BitwrightError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(asked: bool) -> None:

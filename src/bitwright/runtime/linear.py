@@ -109,7 +109,10 @@ class QuantizedLinear(nn.Module):
 
     def pack(self, out: Tensor | None = None) -> None:
         """Turn the stored tensors into the kernels' tiles, in `out` (zeros) where given, and let go of them."""
-        packed = tiles.pack(self.matrix(), out)
+        self.adopt_tiles(tiles.pack(self.matrix(), out))
+
+    def adopt_tiles(self, packed: Tensor) -> None:
+        """Take `packed` for the weights and let go of the stored tensors."""
         self._arguments = None
         for name in STORED:
             if hasattr(self, name):

@@ -75,7 +75,7 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
 
 
 def _pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -> Tensor:
-    view = _Views(packed, geometry)
+    view = Views(packed, geometry)
     tiles = view.levels.shape[0]
 
     def in_tiles(rows: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def _pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) 
 
 def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
     """The stored tensors (docs/format.md) but the permutation, bit for bit what was packed."""
-    view = _Views(packed, geometry)
+    view = Views(packed, geometry)
 
     def rows(tensor: Tensor) -> Tensor:
         return tensor.flatten(0, 1)[: geometry.rows]
@@ -122,7 +122,7 @@ def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
     return parts
 
 
-class _Views:
+class Views:
     """The parts of packed weights as strided tensors on the same memory."""
 
     def __init__(self, packed: Tensor, geometry: Geometry) -> None:
