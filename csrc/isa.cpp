@@ -1,6 +1,10 @@
 #include "isa.h"
 
 #include <cstring>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "activation/kernels.h"
 #include "dense/kernels.h"
@@ -25,6 +29,16 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(__aarch64__)
+bool has_neon_dot() {
+#ifdef __linux__
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every 64-bit ARM processor that macOS runs on
+#endif
+}
+#endif
+
 constexpr DecoderKernels kDecoderScalar = {append_scalar, attend_scalar, hadamard_scalar};
 #if defined(__x86_64__)
 constexpr DecoderKernels kDecoderAvx2 = {append_avx2, attend_avx2, hadamard_avx2};
@@ -39,7 +53,7 @@ const Variant* variants(int* count) {
       {{"avx2", quantize_avx2, product_avx2, dense_avx2}, has_avx2(), kDecoderAvx2},
 #endif
 #if defined(__aarch64__)
-      {{"neon", quantize_neon, product_neon, dense_neon}, true, kDecoderScalar},
+      {{"neon", quantize_neon, product_neon, dense_neon}, has_neon_dot(), kDecoderScalar},
 #endif
       {{"scalar", quantize_scalar, product_scalar, dense_scalar}, true, kDecoderScalar},
 #ifdef BITWRIGHT_WITH_EMULATION
