@@ -127,7 +127,7 @@ def unpack(packed: Tensor, geometry: PlaneGeometry, first: int, last: int, kind:
     for plane in range(2):
         lines = view.planes[low:high, ..., plane, :][..., torch.argsort(_ROW_OF_BYTE)]  # [tiles, groups, lines, rows]
         lines = rows(lines.permute(0, 3, 1, 2)).flatten(1)
-        bits = unpack_plane(lines, geometry.groups * geometry.group)[:, : geometry.normal]
+        bits = unpack_plane(lines.contiguous(), geometry.groups * geometry.group)[:, : geometry.normal]
         codes = bits if codes is None else codes | bits << 1
     assert codes is not None
     levels = rows(view.levels[low:high].transpose(1, 2))
