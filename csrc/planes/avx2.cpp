@@ -49,9 +49,9 @@ BITWRIGHT_INLINE __m256i upper_counts(const Pair& pair, int base) {
   return _mm256_sub_epi8(pair.upper[base], neighbour);
 }
 
-// Prepared: for every 8 channels the lower nibbles of q, m and q AND m, then the upper ones, 32 bytes each.
+// Prepared: for every four channels their nibbles of q, of m and of q AND m, 32 bytes each.
 struct Counter {
-  static constexpr int64_t kPreparedBytes = 192;
+  static constexpr int64_t kNibbleBytes = 96, kPreparedBytes = 2 * kNibbleBytes;
 
   BITWRIGHT_INLINE static void prepare(const uint8_t* codes, int64_t lines, uint8_t* prepared) {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -79,25 +79,19 @@ struct Counter {
   BITWRIGHT_INLINE static Pair count_pair(const uint8_t* prepared, int64_t lines, const uint8_t* bits) {
     Pair pair;
     for (int base = 0; base < 3; ++base) pair.lower[base] = pair.upper[base] = _mm256_setzero_si256();
-    int64_t line = 0;
-    for (; line + 3 <= lines; line += 3, prepared += 3 * kPreparedBytes, bits += 12) {
-      for (int nibble = 0; nibble < 2; ++nibble) {
-        const __m256i t0 = table(bits[2 * nibble]), t1 = table(bits[2 * nibble + 4]), t2 = table(bits[2 * nibble + 8]);
-        for (int base = 0; base < 3; ++base) {
-          const uint8_t* w = prepared + nibble * 96 + base * 32;
-          const __m256i sum = _mm256_add_epi8(_mm256_shuffle_epi8(t0, load_line(w)),
-                                              _mm256_shuffle_epi8(t1, load_line(w + kPreparedBytes)));
-          split(_mm256_add_epi8(sum, _mm256_shuffle_epi8(t2, load_line(w + 2 * kPreparedBytes))), base, pair);
-        }
-      }
-    }
-    for (; line < lines; ++line, prepared += kPreparedBytes, bits += 4) {
-      const __m256i t0 = table(bits[0]), t1 = table(bits[2]);
+    int64_t left = 2 * lines;
+    for (; left >= 3; left -= 3, prepared += 3 * kNibbleBytes, bits += 6) {
+      const __m256i t0 = table(bits[0]), t1 = table(bits[2]), t2 = table(bits[4]);
       for (int base = 0; base < 3; ++base) {
         const uint8_t* w = prepared + base * 32;
-        split(_mm256_add_epi8(_mm256_shuffle_epi8(t0, load_line(w)), _mm256_shuffle_epi8(t1, load_line(w + 96))), base,
-              pair);
+        const __m256i sum = _mm256_add_epi8(_mm256_shuffle_epi8(t0, load_line(w)),
+                                            _mm256_shuffle_epi8(t1, load_line(w + kNibbleBytes)));
+        split(_mm256_add_epi8(sum, _mm256_shuffle_epi8(t2, load_line(w + 2 * kNibbleBytes))), base, pair);
       }
+    }
+    for (; left > 0; --left, prepared += kNibbleBytes, bits += 2) {
+      const __m256i t = table(bits[0]);
+      for (int base = 0; base < 3; ++base) split(_mm256_shuffle_epi8(t, load_line(prepared + base * 32)), base, pair);
     }
     return pair;
   }

@@ -34,7 +34,12 @@ BITWRIGHT_INLINE void add_levels(const Counts& c, uint8_t ones, const uint8_t* l
   }
 }
 
-BITWRIGHT_INLINE __m256 level_sums(const uint8_t* group, int64_t parts, int r) {
+BITWRIGHT_INLINE __m256 scales_of(const uint8_t* group, int r) {
+  const uint8_t* halves = group + PlaneLayout::kScales + r * 16;
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+
+BITWRIGHT_INLINE __m256 level_sums_of(const uint8_t* group, int64_t parts, int r) {
   __m256i sum = _mm256_setzero_si256();
   for (int64_t part = 0; part < parts; ++part) {
     const uint8_t* at = group + PlaneLayout::kSums + part * kTileRows * 2 + r * 16;
@@ -84,6 +89,11 @@ BITWRIGHT_INLINE void multiply_tile(const uint8_t* tile, const PlaneLayout& layo
   std::memset(f, 0, static_cast<size_t>(tokens) * kTileRows * 4);
   for (int64_t index = 0; index < g.groups(); ++index) {
     const uint8_t* group = tile + index * layout.group_bytes;
+    alignas(32) float scales[kTileRows], level_sums[kTileRows];
+    for (int r = 0; r < 4; ++r) {
+      _mm256_store_ps(scales + r * 8, scales_of(group, r));
+      _mm256_store_ps(level_sums + r * 8, level_sums_of(group, layout.parts, r));
+    }
     Counter::prepare(group + layout.codes_at, layout.lines, prepared);
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t at = index * a.tokens + first + token;
@@ -108,11 +118,9 @@ BITWRIGHT_INLINE void multiply_tile(const uint8_t* tile, const PlaneLayout& layo
         for (int plane = 1; plane < kPlanes; ++plane) {
           t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[plane][r]), _mm256_broadcast_ss(mu + plane), t);
         }
-        t = _mm256_fmadd_ps(level_sums(group, layout.parts, r), _mm256_broadcast_ss(a.offset + at), t);
-        const uint8_t* halves = group + PlaneLayout::kScales + r * 16;
-        const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+        t = _mm256_fmadd_ps(_mm256_load_ps(level_sums + r * 8), _mm256_broadcast_ss(a.offset + at), t);
         float* out = f + token * kTileRows + r * 8;
-        _mm256_storeu_ps(out, _mm256_fmadd_ps(t, scale, _mm256_loadu_ps(out)));
+        _mm256_storeu_ps(out, _mm256_fmadd_ps(t, _mm256_load_ps(scales + r * 8), _mm256_loadu_ps(out)));
       }
     }
   }
