@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     matrices, _ = site((20,), 100, 4, 32)
     packed, x = planes.pack(matrices), gaussian(2, 100)
 
-    def run(x: Tensor, packed: Tensor, order: Any = None, bias: Any = None, group: int = 32, b: str = "support") -> None:
+    def run(x: Tensor, packed: Tensor, order: Any = None, bias: Any = None, group: int = 32, b: str = "none") -> None:
         plane_ops.site_planes(x, packed, order, bias, 20, 4, group, 1.0, b)
 
     with pytest.raises(ValueError, match="packed weights"):

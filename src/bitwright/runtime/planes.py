@@ -172,7 +172,7 @@ def site_planes_reference(
     geometry: PlaneGeometry,
     recipe: ActivationRecipe,
 ) -> Tensor:
-    """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows], by a dense product of dequantized parts."""
+    """The op in torch: x fp32 [..., columns] in the model's order -> fp32 [..., rows], a dense product."""
     flat = x.reshape(-1, geometry.columns)
     if order is not None:
         flat = flat.index_select(1, order.to(torch.int64))
@@ -188,7 +188,8 @@ class _Views:
         every = packed.view(-1, geometry.tile_bytes)
         groups = every[:, : geometry.groups * geometry.group_bytes].unflatten(1, (geometry.groups, -1))
         tail = every[:, geometry.groups * geometry.group_bytes :]
-        self.levels = groups[..., :_SCALES].view(torch.int8).unflatten(-1, (TILE_ROWS, 4))  # [tiles, groups, rows, code]
+        levels = groups[..., :_SCALES].view(torch.int8)
+        self.levels = levels.unflatten(-1, (TILE_ROWS, 4))  # [tiles, groups, rows, code]
         self.scales = groups[..., _SCALES:_SUMS].view(torch.float16)  # [tiles, groups, rows]
         sums = groups[..., _SUMS : geometry.codes_at].view(torch.int16)
         self.sums = sums.unflatten(-1, (-1, TILE_ROWS))  # [tiles, groups, parts, rows]
