@@ -13,6 +13,8 @@
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
+#include "plane_linear.h"
+#include "plane_pack.h"
 #include "read.h"
 
 namespace nb = nanobind;
@@ -41,6 +43,8 @@ std::vector<std::pair<std::string, bool>> list_variants() {
   for (int i = 0; i < count; ++i) found.emplace_back(all[i].kernels.name, all[i].runs);
   return found;
 }
+
+const PlaneKernels& planes() { return plane_kernels(kernels().name); }
 
 void choose(const std::string& name) {
   const Variant* variant = find_variant(name.c_str());
@@ -104,4 +108,38 @@ NB_MODULE(_native, m) {
                   threads);
   });
   bind_decoder(m, [] { return variant().decoder; });
+  m.def("chosen_planes", [] { return std::string(planes().name); });
+  m.def("plane_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
+    return plane_bytes(Geometry{rows, columns, outliers, group});
+  });
+  m.def("pack_planes", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
+                          uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns,
+                          int64_t outliers, int64_t group, uintptr_t packed, int threads) {
+    const Neutral from{at<const uint8_t>(codes),         at<const uint16_t>(scales),
+                       at<const int8_t>(levels),         at<const uint8_t>(zeros),
+                       at<const int8_t>(outlier_codes), at<const uint16_t>(outlier_scales)};
+    nb::gil_scoped_release free;
+    pack_planes(from, Geometry{rows, columns, outliers, group}, at<uint8_t>(packed), threads);
+  });
+  m.def("site_planes", [](uintptr_t x, int64_t tokens, uintptr_t packed, int64_t rows, int64_t columns,
+                          int64_t outliers, int64_t group, uintptr_t order, float cut, int balance, uintptr_t bias,
+                          uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    site_planes(planes(), at<const float>(x), tokens, at<const uint8_t>(packed),
+                Geometry{rows, columns, outliers, group},
+                PlaneQuantizer{at<const int32_t>(order), cut, static_cast<Balance>(balance)}, at<const float>(bias),
+                at<float>(y), threads);
+  });
+  m.def("quantize_planes", [](uintptr_t x, int64_t tokens, int64_t columns, int64_t outliers, int64_t group,
+                              uintptr_t order, float cut, int balance, uintptr_t words, uintptr_t ones,
+                              uintptr_t scales, uintptr_t offset, uintptr_t outlier_codes, uintptr_t outlier_step,
+                              uintptr_t outlier_shift) {
+    nb::gil_scoped_release free;
+    PlaneActivations out{tokens, at<uint16_t>(words), at<uint8_t>(ones), at<float>(scales), at<float>(offset), {}};
+    out.outliers.outliers = at<int8_t>(outlier_codes);
+    out.outliers.outlier_step = at<float>(outlier_step);
+    out.outliers.outlier_shift = at<int32_t>(outlier_shift);
+    quantize_planes(planes(), at<const float>(x), Geometry{0, columns, outliers, group},
+                    PlaneQuantizer{at<const int32_t>(order), cut, static_cast<Balance>(balance)}, out);
+  });
 }

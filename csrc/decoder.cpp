@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "exponential.h"
-#include "threads.h"
+#include "work.h"
 
 namespace bitwright {
 
@@ -12,7 +12,7 @@ namespace {
 thread_local Arena shared_arena, own_arena;
 
 // No more threads than there is work for: a region costs some microseconds.
-int useful_threads(int threads, int64_t items, int64_t work) {
+int threads_for(int threads, int64_t items, int64_t work) {
   constexpr int64_t kLeast = 1 << 16;  // multiplications or values that a thread is worth
   const int64_t count = smaller<int64_t>(smaller<int64_t>(threads, items), work / kLeast);
   return count < 1 ? 1 : static_cast<int>(count);
@@ -41,7 +41,7 @@ void combine(const float* sums, const float* top, const float* total, int64_t pa
 void kv_append(const DecoderKernels& kernels, const float* states, int64_t head_stride, int64_t token_stride,
                int64_t tokens, int64_t position, const Records& r, uint8_t* records, int threads) {
   const int64_t items = r.heads * tokens;
-  const int count = useful_threads(threads, items, items * r.head_dim);
+  const int count = threads_for(threads, items, items * r.head_dim);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t part = 0; part < count; ++part) {
     for (int64_t i = items * part / count, end = items * (part + 1) / count; i < end;) {
@@ -60,7 +60,7 @@ void kv_attention(const DecoderKernels& kernels, const Attention& a, float* y, i
   // How the work is cut depends on the call alone, never on the number of threads: so does the result.
   const int64_t parts = rows <= kSplitRows ? (seen + kSplit - 1) / kSplit : 1;
   const int64_t items = heads * blocks * parts;
-  const int count = useful_threads(threads, items, heads * rows * seen * dim);
+  const int count = threads_for(threads, items, heads * rows * seen * dim);
   const int64_t span_rows = smaller(rows, kRowBlock), span_floats = span_rows * (dim + 2);
   const int64_t scratch = round_up(attention_scratch(a), 16);
   float* shared = parts > 1 ? reinterpret_cast<float*>(shared_arena.get(items * span_floats * 4)) : nullptr;
@@ -104,7 +104,7 @@ void kv_attention(const DecoderKernels& kernels, const Attention& a, float* y, i
 }
 
 void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t blocks, int64_t size, int threads) {
-  const int count = useful_threads(threads, blocks, blocks * size);
+  const int count = threads_for(threads, blocks, blocks * size);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t part = 0; part < count; ++part) {
     const int64_t first = blocks * part / count, last = blocks * (part + 1) / count;
@@ -114,7 +114,7 @@ void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t b
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads) {
   constexpr int64_t kLanes = 16;  // independent sums, for the compiler's vectors
-  const int count = useful_threads(threads, rows, rows * width);
+  const int count = threads_for(threads, rows, rows * width);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = x + row * width;
@@ -134,7 +134,7 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t 
 
 void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,
           int64_t tokens, int64_t heads, int64_t dim, int threads) {
-  const int count = useful_threads(threads, tokens, tokens * heads * dim);
+  const int count = threads_for(threads, tokens, tokens * heads * dim);
   const int64_t half = dim / 2;
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t token = 0; token < tokens; ++token) {
@@ -151,7 +151,7 @@ void rope(const float* x, int64_t token_stride, int64_t head_stride, const float
 void silu_mul(const float* gate, const float* up, float* y, int64_t values, int threads) {
   constexpr int64_t kBlock = 4096;
   const int64_t blocks = (values + kBlock - 1) / kBlock;
-  const int count = useful_threads(threads, blocks, values);
+  const int count = threads_for(threads, blocks, values);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t last = smaller(values, (block + 1) * kBlock);

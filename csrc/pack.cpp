@@ -7,9 +7,6 @@
 
 namespace bitwright {
 
-namespace {
-
-// Reads of weights go through 4 KB pages at a third of the speed of 2 MB pages on some hosts. A hint: it may be refused.
 void ask_for_large_pages(uint8_t* memory, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t page = 2u << 20;
@@ -20,6 +17,8 @@ void ask_for_large_pages(uint8_t* memory, int64_t bytes) {
   (void)memory, (void)bytes;
 #endif
 }
+
+namespace {
 
 struct Place {
   const uint8_t* tile;

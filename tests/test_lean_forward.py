@@ -20,12 +20,13 @@ from conftest import MODELS
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
-OPTIONS = {"activations.balance": "none"}
+BALANCES = ("none", "support")  # the byte kernel and the boolean product
 
 
-@pytest.fixture(params=[*MODELS, "qwen3"])
+@pytest.fixture(params=[*((name, "none") for name in (*MODELS, "qwen3")), ("llama", "support")])
 def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
-    return bitwright.load(artifact(request.param, "bwa", OPTIONS))
+    name, balance = request.param
+    return bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from bitwright.runtime import dense_weights, native, pack_sites, quantized_linea
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
-OPTIONS = {"activations.balance": "none"}
+BALANCES = ("none", "support")  # the byte kernel and the boolean product
 
 
-@pytest.fixture(params=["llama", "qwen2", "mistral"])
+@pytest.fixture(params=[(name, balance) for name in ("llama", "qwen2", "mistral") for balance in BALANCES])
 def directory(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Path:
-    return artifact(request.param, "bwa", OPTIONS)
+    name, balance = request.param
+    return artifact(name, "bwa", {"activations.balance": balance})
 
 
 def test_every_linear_is_packed_and_computes_what_is_stored(directory: Path) -> None:

@@ -9,17 +9,16 @@ their activation, the last product. The residual stream is fp32 whatever the mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.runtime import ops
 from bitwright.runtime.attention_ops import kv_append, kv_attention
 from bitwright.runtime.block_ops import rms_norm, rope, silu_mul
 from bitwright.runtime.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from bitwright.runtime.linear import QuantizedLinear, quantized_linears
+from bitwright.runtime.linear import Kernel, QuantizedLinear, quantized_linears
 from bitwright.runtime.tiles import TILE_ROWS
 
 # Models whose blocks are RMSNorm, rotary attention without clipping, RMSNorm, SwiGLU, in this order.
@@ -31,29 +30,29 @@ class _Site:
     """The linears of a site, multiplied in one call."""
 
     packed: Tensor
-    arguments: tuple[Any, ...]
+    kernel: Kernel
+    rows: int
     parts: list[slice]  # of each linear in the outputs
 
     @classmethod
     def of(cls, *linears: QuantizedLinear) -> _Site:
         """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves them."""
-        tensors, sizes, parts, biases, row = [], [], [], [], 0
+        tensors, parts, biases, row = [], [], [], 0
         for linear in linears:
             assert linear.packed is not None
             tensors.append(linear.packed)
-            sizes.append(linear.packed.numel())
             parts.append(slice(row, row + linear.out_features))
-            rows = -(-linear.out_features // TILE_ROWS) * TILE_ROWS if len(linears) > 1 else linear.out_features
-            row += rows
-            bias = linear.kernel_arguments()[1]
+            bias = linear.kernel().bias
             bias = torch.zeros(linear.out_features) if bias is None else bias
-            biases.append(nn.functional.pad(bias, (0, rows - linear.out_features)))
-        order, bias, _, outliers, group, clip = linears[0].kernel_arguments()
+            # Each linear begins with a tile of its own: rows in between are computed and not looked at.
+            padding = -linear.out_features % TILE_ROWS if len(linears) > 1 else 0
+            biases.append(nn.functional.pad(bias, (0, padding)))
+            row += linear.out_features + padding
         whole = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-        return cls(_joined(tensors), (order, whole, row, outliers, group, clip), parts)
+        return cls(_joined(tensors), replace(linears[0].kernel(), bias=whole), row, parts)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        y = ops.site_linear(x, self.packed, *self.arguments)
+        y = self.kernel(x, self.packed, self.rows)
         return [y[:, part] for part in self.parts]
 
 

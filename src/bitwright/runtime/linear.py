@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,22 @@ from bitwright.activations import quantize_site
 from bitwright.artifact.layout import LayerSpec, layer_shapes
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime import ops, tiles
+from bitwright.runtime import ops, plane_ops, planes, tiles
 from bitwright.runtime.native import native
+from bitwright.runtime.tiles import STORED
 
-STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
+
+@dataclass(frozen=True)
+class Kernel:
+    """The op that computes a linear exactly as its recipe says, and what it wants beside inputs, tiles and rows."""
+
+    op: Callable[..., Tensor]
+    order: Tensor | None  # int32 [columns]
+    bias: Tensor | None  # fp32 [rows]
+    rest: tuple[Any, ...]
+
+    def __call__(self, x: Tensor, packed: Tensor, rows: int) -> Tensor:
+        return self.op(x, packed, self.order, self.bias, rows, *self.rest)
 
 
 class QuantizedLinear(nn.Module):
@@ -41,7 +54,7 @@ class QuantizedLinear(nn.Module):
         # In a list, so that the leader is not registered as a child of its neighbours.
         self._leader: list[QuantizedLinear] = [self]
         self._dense: Tensor | None = None
-        self._arguments: Any = None
+        self._kernel: Kernel | None = None
 
     @classmethod
     def from_matrix(
@@ -75,7 +88,7 @@ class QuantizedLinear(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the format but permutation, bias and sentinel; the module's own where it is not packed."""
         if self.packed is not None:
-            return tiles.unpack(self.packed, self.geometry, self.spec.kind)
+            return self._unpacked()
         return {name: getattr(self, name) for name in STORED if getattr(self, name, None) is not None}
 
     def matrix(self) -> CodebookMatrix:
@@ -97,23 +110,36 @@ class QuantizedLinear(nn.Module):
         )
 
     @property
+    def counts_planes(self) -> bool:
+        """Whether the bit planes of the inputs have free values, which the boolean product alone computes exactly."""
+        return self.activations is not None and self.activations.balance != "none"
+
+    @property
     def geometry(self) -> tiles.Geometry:
-        return tiles.Geometry(self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group)
+        made = planes.PlaneGeometry if self.counts_planes else tiles.Geometry
+        return made(self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group)
+
+    def _unpacked(self) -> dict[str, Tensor]:
+        assert self.packed is not None
+        geometry = self.geometry
+        if isinstance(geometry, planes.PlaneGeometry):
+            return planes.unpack(self.packed, geometry, self.spec.kind)
+        return tiles.unpack(self.packed, geometry, self.spec.kind)
 
     @property
     def packable(self) -> bool:
         """Whether the native kernels compute exactly what the recipe says, here and now."""
         inputs = self.activations
-        fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4 and inputs.balance == "none"
+        fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
         return fits and self.weight.device.type == "cpu" and native() is not None
 
     def pack(self, out: Tensor | None = None) -> None:
         """Turn the stored tensors into the kernels' tiles, in `out` (zeros) where given, and let go of them."""
-        self.adopt_tiles(tiles.pack(self.matrix(), out))
+        self.adopt_tiles((planes if self.counts_planes else tiles).pack(self.matrix(), out))
 
     def adopt_tiles(self, packed: Tensor) -> None:
         """Take `packed` for the weights and let go of the stored tensors."""
-        self._arguments = None
+        self._kernel = None
         for name in STORED:
             if hasattr(self, name):
                 setattr(self, name, None)
@@ -125,13 +151,12 @@ class QuantizedLinear(nn.Module):
             for name, tensor in self.stored().items():
                 setattr(self, name, tensor)
             self.packed = None
-            self._arguments = None
+            self._kernel = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Float [..., in_features] -> the same dtype [..., out_features]."""
         if self.packed is not None and self._dense is None:
-            y = ops.site_linear(x.to(torch.float32), self.packed, *self.kernel_arguments())
-            return y.to(x.dtype)
+            return self.kernel()(x.to(torch.float32), self.packed, self.spec.rows).to(x.dtype)
         flat = x.reshape(-1, self.in_features).to(torch.float32)
         order = self.order
         if order is not None:
@@ -142,15 +167,19 @@ class QuantizedLinear(nn.Module):
         y = nn.functional.linear(flat, weights, bias)
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def kernel_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int, int, float]:
-        """What `site_linear` wants beside inputs and tiles: order int32, bias fp32, rows, outliers, group, clip."""
-        if self._arguments is None:
-            spec = self.spec
-            assert self.activations is not None
+    def kernel(self) -> Kernel:
+        """The native op for this linear, its arguments made once."""
+        if self._kernel is None:
+            spec, inputs = self.spec, self.activations
+            assert inputs is not None
             order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
             bias = None if self.bias is None else self.bias.to(torch.float32)
-            self._arguments = (order, bias, spec.rows, spec.outliers, spec.group, self.activations.clip)
-        return self._arguments
+            rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
+            if self.counts_planes:
+                self._kernel = Kernel(plane_ops.site_planes, order, bias, (*rest, inputs.balance))
+            else:
+                self._kernel = Kernel(ops.site_linear, order, bias, rest)
+        return self._kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Device moves reach all buffers; casts reach the sentinel and the bias alone.
@@ -166,7 +195,7 @@ class QuantizedLinear(nn.Module):
 
         if self.packed is not None and fn(self.weight).device.type != "cpu":
             self.unpack()  # tiles are for the CPU's kernels
-        self._arguments = None
+        self._kernel = None
         super()._apply(careful, recurse)
         return self
 
@@ -178,7 +207,7 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
-        self._arguments = None
+        self._kernel = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.activations import quantize_site as quantize_site_reference
+from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime.native import native
@@ -25,7 +25,7 @@ _library.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
 _library.define("dequantize(Tensor packed, int rows, int columns, int outliers, int group) -> Tensor")
 
 
-def _cut(clip: float) -> float:
+def cut(clip: float) -> float:
     """Share of the range taken off at each end."""
     return (1.0 - clip) / 2.0
 
@@ -40,7 +40,7 @@ def _check_packed(packed: Tensor, geometry: Geometry) -> None:
         raise ValueError("packed weights must begin at an address that 64 divides")
 
 
-def _check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry) -> None:
+def check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry) -> None:
     """What the native kernel relies on; raises ValueError."""
     _check_packed(packed, geometry)
     if x.dtype != torch.float32:
@@ -63,10 +63,11 @@ def _site_linear(
 ) -> Tensor:
     """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
     geometry = Geometry(rows, x.shape[-1], outliers, group)
-    _check(x, packed, order, bias, geometry)
+    check(x, packed, order, bias, geometry)
     module = native()
     if module is None:
-        return _site_linear_reference(x, packed, order, bias, geometry, clip)
+        recipe = ActivationRecipe(bits=4, balance="none", clip=clip)
+        return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
     module.site_linear(
@@ -78,7 +79,7 @@ def _site_linear(
         outliers,
         group,
         0 if order is None else order.data_ptr(),
-        _cut(clip),
+        cut(clip),
         4,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -87,16 +88,38 @@ def _site_linear(
     return y
 
 
-def _site_linear_reference(
-    x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry, clip: float
+def site_reference(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    order: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    recipe: ActivationRecipe,
 ) -> Tensor:
+    """What the native products compute, in torch: the quantizer, then a dense product with the stored weights."""
     flat = x.reshape(-1, geometry.columns)
     if order is not None:
         flat = flat.index_select(1, order.to(torch.int64))
-    recipe = ActivationRecipe(bits=4, balance="none", clip=clip)
-    flat = quantize_site_reference(flat, geometry.outliers, geometry.group, recipe)
-    y = torch.nn.functional.linear(flat, _dequantize_reference(packed, geometry), bias)
+    flat = quantize_site(flat, geometry.outliers, geometry.group, recipe)
+    y = torch.nn.functional.linear(flat, _dense(stored, geometry), bias)
     return y.reshape(*x.shape[:-1], geometry.rows)
+
+
+def _dense(stored: dict[str, Tensor], geometry: Geometry) -> Tensor:
+    """Stored tensors with free levels -> fp32 [rows, columns] in site order."""
+    matrix = CodebookMatrix(
+        rows=geometry.rows,
+        columns=geometry.columns,
+        bits=2,
+        group=geometry.group,
+        kind="free",
+        planes=stored["codes"],
+        scales=stored["scales"],
+        levels=stored["levels"],
+        outliers=stored.get("outliers"),
+        outlier_scales=stored.get("outlier_scales"),
+    )
+    return matrix.dequantize_site_order()
 
 
 _library.impl("site_linear", _site_linear, "CPU")
@@ -148,28 +171,11 @@ def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: i
     _check_packed(packed, geometry)
     module = native()
     if module is None:
-        return _dequantize_reference(packed, geometry)
+        return _dense(unpack(packed, geometry, "free"), geometry)
     weights = torch.empty((rows, columns), dtype=torch.float32)
     sizes = (rows, columns, outliers, group)
     module.unpack(packed.data_ptr(), *sizes, 0, rows, weights.data_ptr(), torch.get_num_threads())
     return weights
-
-
-def _dequantize_reference(packed: Tensor, geometry: Geometry) -> Tensor:
-    parts = unpack(packed, geometry, "free")
-    matrix = CodebookMatrix(
-        rows=geometry.rows,
-        columns=geometry.columns,
-        bits=2,
-        group=geometry.group,
-        kind="free",
-        planes=parts["codes"],
-        scales=parts["scales"],
-        levels=parts["levels"],
-        outliers=parts.get("outliers"),
-        outlier_scales=parts.get("outlier_scales"),
-    )
-    return matrix.dequantize_site_order()
 
 
 _library.impl("dequantize", _dequantize, "CPU")

@@ -14,6 +14,8 @@ from bitwright.codebook import CodebookMatrix, Kind, group_count
 from bitwright.packing import pack_planes
 from bitwright.runtime.native import native
 
+# The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
+STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 TILE_ROWS = 32
 STEP = 16  # channels of a row in one line of 64 bytes
 _LEVELS, _SCALES, _CODES = 0, 128, 192
@@ -65,39 +67,63 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
     packed = torch.zeros(geometry.packed_bytes(), dtype=torch.uint8) if out is None else out
     module = native()
     if module is None:
-        return _pack_reference(matrix, geometry, packed)
-    parts = {name: tensor.contiguous() for name, tensor in matrix.tensors().items()}
-    names = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
-    addresses = [parts[name].data_ptr() if name in parts else 0 for name in names]
-    sizes = (geometry.rows, geometry.columns, geometry.outliers, geometry.group)
-    module.pack(*addresses, *sizes, packed.data_ptr(), torch.get_num_threads())
+        return pack_reference(matrix, geometry, packed)
+    module.pack(*addresses(matrix), packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
-def _pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -> Tensor:
+def addresses(matrix: CodebookMatrix) -> list[int]:
+    """What the native packers want of a matrix: where its stored tensors lie, 0 for one it has not, then its sizes."""
+    tensors = matrix.tensors()
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"the matrix's {name} are not contiguous")
+    found = [tensors[name].data_ptr() if name in tensors else 0 for name in STORED]
+    return [*found, matrix.rows, matrix.columns, matrix.outlier_columns, matrix.group]
+
+
+def in_tiles(rows: Tensor, tiles: int) -> Tensor:
+    """[rows, ...] -> [tiles, 32, ...]; rows that fill the last tile are zero."""
+    filled = torch.cat([rows, rows.new_zeros((tiles * TILE_ROWS - len(rows), *rows.shape[1:]))])
+    return filled.unflatten(0, (tiles, TILE_ROWS))
+
+
+def pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -> Tensor:
+    """As `pack`, in torch."""
     view = Views(packed, geometry)
     tiles = view.levels.shape[0]
-
-    def in_tiles(rows: Tensor) -> Tensor:
-        """[rows, ...] -> [tiles, 32, ...]; rows that fill the last tile are zero."""
-        filled = torch.cat([rows, rows.new_zeros((tiles * TILE_ROWS - len(rows), *rows.shape[1:]))])
-        return filled.unflatten(0, (tiles, TILE_ROWS))
-
-    view.levels.copy_(in_tiles(matrix.integer_levels().to(torch.int16) + 128).transpose(1, 2))
-    view.scales.copy_(in_tiles(matrix.scales).transpose(1, 2))
-    codes = in_tiles(matrix.codes())
+    view.levels.copy_(in_tiles(matrix.integer_levels().to(torch.int16) + 128, tiles).transpose(1, 2))
+    view.scales.copy_(in_tiles(matrix.scales, tiles).transpose(1, 2))
+    codes = in_tiles(matrix.codes(), tiles)
     # Fill up the ragged last group, then groups that are no whole number of steps.
     codes = torch.nn.functional.pad(codes, (0, geometry.groups * geometry.group - geometry.normal))
     codes = codes.unflatten(-1, (geometry.groups, geometry.group))
     codes = torch.nn.functional.pad(codes, (0, geometry.width - geometry.group))
     quads = codes.unflatten(-1, (-1, 4, 4)).permute(0, 2, 3, 1, 5, 4)  # [tiles, groups, steps, rows, byte, code of it]
     view.codes.copy_((quads << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)).sum(dim=-1))
-    if matrix.outliers is not None and matrix.outlier_scales is not None:
-        stored = in_tiles(matrix.outliers.to(torch.int16) + 128)
-        stored = torch.nn.functional.pad(stored, (0, -geometry.outliers % 4)).unflatten(-1, (-1, 4))
-        view.outliers.copy_(stored.transpose(1, 2))
-        view.outlier_scales.copy_(in_tiles(matrix.outlier_scales.to(torch.float32)))
+    pack_outliers(matrix, view.outliers, view.outlier_scales)
     return packed
+
+
+def pack_outliers(matrix: CodebookMatrix, outliers: Tensor, scales: Tensor) -> None:
+    """The int8 channels into the views [tiles, quads, rows, byte] and [tiles, rows] of both kinds of tiles."""
+    if matrix.outliers is None or matrix.outlier_scales is None:
+        return
+    stored = in_tiles(matrix.outliers.to(torch.int16) + 128, len(scales))
+    stored = torch.nn.functional.pad(stored, (0, -matrix.outlier_columns % 4)).unflatten(-1, (-1, 4))
+    outliers.copy_(stored.transpose(1, 2))
+    scales.copy_(in_tiles(matrix.outlier_scales.to(torch.float32), len(scales)))
+
+
+def unpack_outliers(geometry: Geometry, outliers: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Undo `pack_outliers`."""
+    if not geometry.outliers:
+        return {}
+    codes = (outliers.to(torch.int16) - 128).to(torch.int8).transpose(1, 2).flatten(2)[..., : geometry.outliers]
+    return {
+        "outliers": codes.flatten(0, 1)[: geometry.rows].contiguous(),
+        "outlier_scales": scales.flatten(0, 1)[: geometry.rows].to(torch.float16),
+    }
 
 
 def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
@@ -115,11 +141,7 @@ def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
         parts["levels"] = levels.contiguous()
     else:
         parts["zeros"] = (-levels[..., 0]).to(torch.uint8)
-    if geometry.outliers:
-        outliers = (view.outliers.to(torch.int16) - 128).to(torch.int8).transpose(1, 2)
-        parts["outliers"] = rows(outliers.flatten(2)[..., : geometry.outliers]).contiguous()
-        parts["outlier_scales"] = rows(view.outlier_scales).to(torch.float16)
-    return parts
+    return parts | unpack_outliers(geometry, view.outliers, view.outlier_scales)
 
 
 class Views:

@@ -1,0 +1,101 @@
+"""The op of the boolean product, `torch.ops.bitwright.site_planes`: schema, fake kernel, native and reference kernel.
+
+Where `site_linear` (ops.py) needs plane values 2^a mu, this takes every balance of the recipe exactly: integer counts
+of q, m and q AND m in each bit plane of the input (BWA, eq. 5 to 7), then one fp32 step a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from bitwright.recipe import ActivationRecipe
+from bitwright.runtime.native import native
+from bitwright.runtime.ops import check, cut, site_reference
+from bitwright.runtime.planes import PlaneGeometry, unpack
+
+BALANCES: tuple[str, ...] = get_args(ActivationRecipe.model_fields["balance"].annotation)
+_NATIVE = ("none", "support", "literal")  # the numbers of csrc/planes/planes.h
+
+_library = torch.library.Library("bitwright", "FRAGMENT")
+
+_library.define(
+    "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
+    " str balance) -> Tensor"
+)
+
+
+def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> PlaneGeometry:
+    if balance not in BALANCES:
+        raise ValueError(f"balance must be one of {', '.join(BALANCES)}; found {balance!r}")
+    if group <= 0 or group % 8:
+        raise ValueError(f"group must be a positive multiple of 8; found {group}")
+    return PlaneGeometry(rows, x.shape[-1], outliers, group)
+
+
+def _site_planes(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    outliers: int,
+    group: int,
+    clip: float,
+    balance: str,
+) -> Tensor:
+    """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs.
+
+    `packed` is what `planes.pack` made, `order` int32 [columns], `bias` fp32 [rows]; `balance` as in the recipe (BWA,
+    eq. 11). A token with a value that is not finite gives rows of NaN. Raises ValueError for what does not fit.
+    """
+    geometry = _geometry(x, rows, outliers, group, balance)
+    check(x, packed, order, bias, geometry)
+    module = native()
+    if module is None:
+        recipe = ActivationRecipe(bits=4, balance=cast(Any, balance), clip=clip)
+        return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
+    x = x.contiguous()
+    order = None if order is None else order.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    module.site_planes(
+        x.data_ptr(),
+        x.numel() // geometry.columns,
+        packed.data_ptr(),
+        rows,
+        geometry.columns,
+        outliers,
+        group,
+        0 if order is None else order.data_ptr(),
+        cut(clip),
+        _NATIVE.index(balance),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+_library.impl("site_planes", _site_planes, "CPU")
+
+
+@torch.library.register_fake("bitwright::site_planes", lib=_library)
+def _site_planes_fake(
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    outliers: int,
+    group: int,
+    clip: float,
+    balance: str,
+) -> Tensor:
+    _geometry(x, rows, outliers, group, balance)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+site_planes = torch.ops.bitwright.site_planes.default
