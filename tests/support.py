@@ -13,6 +13,7 @@ import struct
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache
+from kernel_twin import kernel_linear
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BITWRIGHT_SHARED") or REPO.parent / "shared")
@@ -289,17 +291,32 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
     return matrices
 
 
+def _as_kernels(matrix: CodebookMatrix, inputs: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+    flat = kernel_linear(x.reshape(-1, matrix.columns), matrix, inputs, bias)
+    return flat.reshape(*x.shape[:-1], matrix.rows)
+
+
+def block_by_block(model: Any) -> Any:
+    """A loaded artifact without the lean path: transformers' own forward calls every linear."""
+    model.model.__dict__.pop("forward", None)
+    return model
+
+
 def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Module, Recipe]:
     """The original model in fp32 with the artifact's weights in its nn.Linear layers and fake-quantized inputs.
 
     `order` is the order in which the channels of a linear stand and are summed: `site` as they are stored, `model` with
-    permutation undone in weights and inputs, `reversed` as `model` from the last channel to the first.
+    permutation undone in weights and inputs, `reversed` as `model` from the last channel to the first, `kernels` as the
+    native kernels sum (kernel_twin.py).
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
     simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for name, matrix in stored_matrices(artifact).items():
         linear = simulated.get_submodule(name)
         assert type(linear) is nn.Linear
+        if order == "kernels":
+            linear.forward = partial(_as_kernels, matrix, recipe.activations, linear.bias)
+            continue
         weights = matrix.dequantize_site_order() if order == "site" else matrix.dequantize()
         linear.weight.data = weights.flip(1).contiguous() if order == "reversed" else weights
 

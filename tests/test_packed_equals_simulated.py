@@ -3,7 +3,8 @@
 The simulation shares no module with the packed model. It is the original model with nn.Linear layers, their weights
 replaced by what the stored bytes dequantize to, hooks that fake-quantize every linear's input, and the quantized cache.
 
-Whole models are compared with the channels of each linear in the order of the site, so that both sum in one order.
+Whole models are compared with both summing in one order: that of the site on the reference backend, and that which the
+native kernels document on these.
 Summed in another order, fp32 rounds differently in the last digit, now and then a 4-bit code of an activation flips,
 and the flips multiply from block to block: such a simulation differs from *itself* with its channels reversed by 1e-3
 (demo model) to 1e-1 (stories260K). That is a property of dynamic 4-bit activations and no error of either side; so in
@@ -38,8 +39,9 @@ def window_ids(model: Path, text: Text, length: int) -> torch.Tensor:
 
 def whole_model(model: Path, artifact: Path, ids: torch.Tensor) -> float:
     """Relative difference of the logits of the packed and of the simulated model."""
-    simulated, recipe = support.simulate(model, artifact)
-    packed = bitwright.load(artifact)
+    packed = support.block_by_block(bitwright.load(artifact))
+    native = any(linear.packed is not None for _, linear in quantized_linears(packed))
+    simulated, recipe = support.simulate(model, artifact, "kernels" if native else "site")
     ours = support.logits_of(packed, ids, recipe)
     theirs = support.logits_of(simulated, ids, recipe)
     assert ours.shape == theirs.shape == (*ids.shape, packed.config.vocab_size)
@@ -52,7 +54,7 @@ def worst_linear(model: Path, artifact: Path, ids: torch.Tensor) -> tuple[float,
     The simulated linears hold the weights in the model's channel order: the permutation is undone on both sides.
     """
     simulated, recipe = support.simulate(model, artifact, order="model")
-    packed = bitwright.load(artifact)
+    packed = support.block_by_block(bitwright.load(artifact))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:

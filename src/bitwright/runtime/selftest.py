@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.packing import pack_planes
-from bitwright.runtime import ops, tiles
+from bitwright.runtime import ops, plane_ops, planes, tiles
 from bitwright.runtime.native import find
 
 SCALAR = "scalar"
@@ -61,7 +61,7 @@ def self_test() -> list[Check]:
 def _cases() -> list[tuple[str, Callable[[], Tensor], float]]:
     """(op, a computation, how far it may be from the scalar twin): odd sizes, one token and many, a clamped zero."""
     matrix = _matrix(rows=77, columns=300, outliers=13, group=64)
-    packed, geometry = tiles.pack(matrix), tiles.geometry_of(matrix)
+    packed, counted = tiles.pack(matrix), planes.pack(matrix)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(101, 300, generator=generator)
     x[3] += 50.0
@@ -69,13 +69,19 @@ def _cases() -> list[tuple[str, Callable[[], Tensor], float]]:
     weight = torch.randn(50, 300, generator=generator).to(torch.bfloat16)
 
     def linear(tokens: int) -> Tensor:
-        y: Tensor = ops.site_linear(x[:tokens], packed, order, None, geometry.rows, 13, 64, 1.0)
+        y: Tensor = ops.site_linear(x[:tokens], packed, order, None, matrix.rows, 13, 64, 1.0)
+        return y
+
+    def boolean(tokens: int) -> Tensor:
+        y: Tensor = plane_ops.site_planes(x[:tokens], counted, order, None, matrix.rows, 13, 64, 1.0, "support")
         return y
 
     return [
         ("site_linear, 1 token", lambda: linear(1), 0.0),
         ("site_linear, 5 tokens", lambda: linear(5), 0.0),
         ("site_linear, 101 tokens", lambda: linear(101), 0.0),
+        ("site_planes, 1 token", lambda: boolean(1), 0.0),
+        ("site_planes, 101 tokens", lambda: boolean(101), 0.0),
         ("dense_linear", lambda: ops.dense_linear(x[:2], weight), 1e-5),
     ]
 
