@@ -42,9 +42,7 @@ def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None
 
 def _check_states(name: str, states: Tensor) -> None:
     if states.dtype != torch.float32 or states.dim() != 3 or states.shape[2] < 1:
-        raise ValueError(
-            f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}"
-        )
+        raise ValueError(f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}")
 
 
 def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:

@@ -62,9 +62,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"x must be [tokens, heads, head_dim] with an even head_dim; found {list(x.shape)}")
     tokens, heads, head_dim = x.shape
     if cos.shape != (tokens, head_dim) or sin.shape != cos.shape:
-        raise ValueError(
-            f"cos and sin must be [{tokens}, {head_dim}]; found {list(cos.shape)} and {list(sin.shape)}"
-        )
+        raise ValueError(f"cos and sin must be [{tokens}, {head_dim}]; found {list(cos.shape)} and {list(sin.shape)}")
     module = native()
     if module is None:
         first, second = x.chunk(2, dim=-1)

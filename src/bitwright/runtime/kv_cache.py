@@ -35,7 +35,7 @@ def encode(states: Tensor, bits: int) -> Tensor:
         if codes.shape[-1] % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return torch.cat([codes, scale.contiguous().view(torch.uint8), low.contiguous().view(torch.uint8)], dim=-1)
+    return torch.cat([codes, torch.cat([scale, low], dim=-1).view(torch.uint8)], dim=-1)
 
 
 def decode(records: Tensor, head_dim: int, bits: int, dtype: torch.dtype) -> Tensor:
