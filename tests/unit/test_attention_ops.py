@@ -52,7 +52,7 @@ def filled(states: Tensor, bits: int, capacity: int) -> Tensor:
 def exact(
     queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
 ) -> tuple[Tensor, float, Tensor]:
-    """In fp64: attention on the decoded cache; the largest sum of |q k|, which bounds the rounding of scores; values."""
+    """In fp64: attention on the decoded cache, the largest sum of |q k| (it bounds the rounding of scores), values."""
     heads_q, new, head_dim = queries.shape
     k, v = (
         decode(r[:, :length], head_dim, bits, torch.float64).repeat_interleave(heads_q // keys.shape[0], dim=0)
