@@ -10,7 +10,6 @@
 
 #include <cstring>
 
-#include "../exponential.h"
 #include "../decoder.h"
 
 namespace bitwright {
@@ -33,6 +32,12 @@ struct Planes {
   static ALWAYS __m256 get(__m256i words, int i) {
     if (i == kCount - 1) return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 32 - Bits));
     return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(((1 << Bits) - 1) << (Bits * i))));
+  }
+  // Of a channel in [block][plane][8].
+  static ALWAYS int64_t place(int64_t channel) {
+    constexpr uint64_t kUnit = kBlock, kPlanes = kCount;  // unsigned: a division is a shift
+    const uint64_t c = static_cast<uint64_t>(channel);
+    return static_cast<int64_t>(c / kUnit * kUnit + c % kPlanes * 8 + c % kUnit / kPlanes);
   }
   static ALWAYS float factor(int64_t i) {  // a power of two, by its exponent
     const uint32_t bits = (127u - (i == kCount - 1 ? 0u : static_cast<uint32_t>(Bits * i))) << 23;
@@ -65,20 +70,21 @@ ALWAYS float reduce_max(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
 }
 
-// exponential.h, except that what is below its range is 0: a masked score, -inf, has no weight.
+// The coefficients of Cephes' expf. Below the range of normal numbers 0: a masked score, -inf, has no weight. Scores
+// never exceed their maximum, so there is no upper bound; NaN stays NaN.
 ALWAYS __m256 exponentials(__m256 x) {
-  const __m256 lowest = _mm256_set1_ps(kExpLowest), round = _mm256_set1_ps(kRound);
+  const __m256 lowest = _mm256_set1_ps(-87.3f), round = _mm256_set1_ps(12582912.0f);  // adding 1.5 * 2^23 rounds
   const __m256 none = _mm256_cmp_ps(x, lowest, _CMP_LT_OQ);
   x = _mm256_max_ps(lowest, x);  // in this order NaN stays NaN
-  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2E), round), n = _mm256_sub_ps(shifted, round);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), r);
-  __m256 p = _mm256_set1_ps(kExp0);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp1));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp2));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp3));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp4));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp5));
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), round), n = _mm256_sub_ps(shifted, round);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
   p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127)), 23);
   return _mm256_andnot_ps(none, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
@@ -92,11 +98,14 @@ struct Chunk {
 };
 
 void read_parameters(const uint8_t* records, const Records& r, int64_t count, float* scale, float* low) {
+  const int64_t bytes = r.bytes();
   const uint8_t* from = records + r.code_bytes();
-  for (int64_t t = 0; t < kKeyChunk; t += 4) {
+  for (int64_t t = 0; t < kKeyChunk; t += 4, from += 4 * bytes) {
     int pairs[4] = {};
-    UNROLL for (int k = 0; k < 4; ++k) {
-      if (t + k < count) std::memcpy(pairs + k, from + (t + k) * r.bytes(), 4);
+    if (t + 4 <= count) {
+      UNROLL for (int k = 0; k < 4; ++k) std::memcpy(pairs + k, from + k * bytes, 4);
+    } else {
+      for (int64_t k = 0; t + k < count; ++k) std::memcpy(pairs + k, from + k * bytes, 4);
     }
     const __m256 both = _mm256_cvtph_ps(_mm_setr_epi32(pairs[0], pairs[1], pairs[2], pairs[3]));
     const __m128 a = _mm256_castps256_ps128(both), b = _mm256_extractf128_ps(both, 1);
@@ -135,15 +144,15 @@ float weigh(float* scores, int64_t first, int64_t last, float* top, float* total
 // Queries in the order in which planes come out of words: [block][plane][8], with the powers of two.
 template <int Bits>
 float plane_query(const float* q, int64_t dim, int64_t width, float scale, float* out) {
-  constexpr int64_t kCount = Planes<Bits>::kCount;
-  float all = 0.0f;
-  for (int64_t at = 0; at < width; ++at) {
-    const int64_t i = at / 8 % kCount, channel = at / (8 * kCount) * (8 * kCount) + at % 8 * kCount + i;
-    const float value = channel < dim ? q[channel] * scale : 0.0f;
-    all += value;
-    out[at] = value * Planes<Bits>::factor(i);
+  using P = Planes<Bits>;
+  std::memset(out, 0, static_cast<size_t>(width) * 4);
+  float all[8] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    const float value = q[d] * scale;
+    all[d % 8] += value;
+    out[P::place(d)] = value * P::factor(d % P::kCount);
   }
-  return all;
+  return reduce_add(_mm256_loadu_ps(all));
 }
 
 template <int Bits, bool Last>
@@ -370,15 +379,13 @@ void attend(const Attention& a, const Span& s, float* scratch, const Partial& ou
     }
   }
   for (int64_t i = 0; i < s.rows; ++i) {
-    for (int64_t d = 0; d < dim; ++d) {
-      float* to = out.sums + i * dim + d;
-      if (few) {
-        const int64_t plane = d % P::kCount, at = d / P::kBlock * P::kBlock + plane * 8 + d % P::kBlock / P::kCount;
-        *to = sums[i * sum_width + at] * P::factor(plane) + base[i];
-      } else {
-        *to = sums[i * sum_width + d];
-      }
+    const float* from = sums + i * sum_width;
+    float* to = out.sums + i * dim;
+    if (!few) {
+      std::memcpy(to, from, static_cast<size_t>(dim) * 4);
+      continue;
     }
+    for (int64_t d = 0; d < dim; ++d) to[d] = from[P::place(d)] * P::factor(d % P::kCount) + base[i];
   }
 }
 

@@ -268,24 +268,11 @@ def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> Non
     assert torch.equal(block_ops.rope(x, angles.cos(), angles.sin()), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 11008), (3, 5), (9, 11008), (0, 3)])
-def test_silu_mul(backend: str, shape: tuple[int, ...]) -> None:  # noqa: F811
-    gate, up = gaussian(*shape) * 8, gaussian(*shape, seed=1)
-    expected = torch.nn.functional.silu(gate.double()) * up.double()
-    torch.testing.assert_close(block_ops.silu_mul(gate, up).double(), expected, rtol=2e-6, atol=1e-9)
-    edges = torch.tensor([0.0, -0.0, 1e4, -1e4, 87.0, -87.0, 89.0, -89.0, 1e30, -1e30, float("inf"), float("nan")])
-    expected = torch.nn.functional.silu(edges)
-    torch.testing.assert_close(
-        block_ops.silu_mul(edges, torch.ones(12)), expected, rtol=2e-6, atol=1e-6, equal_nan=True
-    )
-
-
 @needs_native
 def test_rows_do_not_depend_on_threads_or_neighbours() -> None:
     x, y = gaussian(50, 4096), gaussian(50, 4096, seed=1)
     calls: list[Callable[[int], Tensor]] = [
         lambda rows: block_ops.rms_norm(x[-rows:], y[0], 1e-6),
-        lambda rows: block_ops.silu_mul(x[-rows:], y[-rows:]),
         lambda rows: block_ops.rope(x[-rows:].unflatten(1, (-1, 64)), y[-rows:, :64], y[-rows:, 64:128]).flatten(1),
     ]
     for call in calls:
@@ -301,10 +288,8 @@ def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:  # noqa: F811
     x = gaussian(2, 3, 8)
     with pytest.raises(ValueError, match="weight must be"):
         block_ops.rms_norm(x, gaussian(7), 1e-6)
-    with pytest.raises(ValueError, match="gate must be float32"):
-        block_ops.silu_mul(x.double(), x)
-    with pytest.raises(ValueError, match="one shape"):
-        block_ops.silu_mul(x, x[0])
+    with pytest.raises(ValueError, match="x must be float32"):
+        block_ops.rms_norm(x.double(), gaussian(8), 1e-6)
     with pytest.raises(ValueError, match="even head_dim"):
         block_ops.rope(x[..., :7], x[:, 0, :7], x[:, 0, :7])
     with pytest.raises(ValueError, match="cos and sin must be"):
@@ -321,7 +306,6 @@ def test_the_ops_pass_opcheck(backend: str) -> None:  # noqa: F811
         torch.library.opcheck(attention_ops.kv_attention, (queries, records, records, 6, 0.3, 4, 4))
     torch.library.opcheck(block_ops.rms_norm, (gaussian(2, 9), gaussian(9), 1e-6))
     torch.library.opcheck(block_ops.rope, (gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8)))
-    torch.library.opcheck(block_ops.silu_mul, (gaussian(2, 9), gaussian(2, 9)))
 
 
 def test_compile_of_a_decode_step(backend: str) -> None:  # noqa: F811
@@ -331,7 +315,7 @@ def test_compile_of_a_decode_step(backend: str) -> None:  # noqa: F811
         attention_ops.kv_append(keys, q, position, 4)
         attention_ops.kv_append(values, q + 1, position, 4)
         y = attention_ops.kv_attention(q, keys, values, position + 1, 0.3, 0, 4)
-        return block_ops.silu_mul(y.flatten(1), x)
+        return torch.nn.functional.silu(y.flatten(1)) * x
 
     weight, cos = gaussian(16), gaussian(1, 8)
     buffers = [filled(gaussian(2, 5, 8, seed=seed), 4, 9) for seed in (0, 1)]
