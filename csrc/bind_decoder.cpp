@@ -45,10 +45,6 @@ void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
     rope(at<const float>(x), token_stride, head_stride, at<const float>(cos), at<const float>(sin), at<float>(y),
          tokens, heads, dim, threads);
   });
-  m.def("silu_mul", [](uintptr_t gate, uintptr_t up, uintptr_t y, int64_t count, int threads) {
-    nb::gil_scoped_release free;
-    silu_mul(at<const float>(gate), at<const float>(up), at<float>(y), count, threads);
-  });
 }
 
 }  // namespace bitwright

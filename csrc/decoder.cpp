@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "exponential.h"
 #include "work.h"
 
 namespace bitwright {
@@ -145,17 +144,6 @@ void rope(const float* x, int64_t token_stride, int64_t head_stride, const float
       for (int64_t i = 0; i < half; ++i) to[i] = from[i] * c[i] - from[half + i] * s[i];
       for (int64_t i = half; i < dim; ++i) to[i] = from[i] * c[i] + from[i - half] * s[i];
     }
-  }
-}
-
-void silu_mul(const float* gate, const float* up, float* y, int64_t values, int threads) {
-  constexpr int64_t kBlock = 4096;
-  const int64_t blocks = (values + kBlock - 1) / kBlock;
-  const int count = threads_for(threads, blocks, values);
-#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t last = smaller(values, (block + 1) * kBlock);
-    for (int64_t i = block * kBlock; i < last; ++i) y[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
   }
 }
 

@@ -101,7 +101,4 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t 
 void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,
           int64_t tokens, int64_t heads, int64_t dim, int threads);
 
-// y = gate / (1 + exp(-gate)) * up
-void silu_mul(const float* gate, const float* up, float* y, int64_t count, int threads);
-
 }  // namespace bitwright

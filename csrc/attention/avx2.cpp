@@ -10,7 +10,6 @@
 
 #include <cstring>
 
-#include "../exponential.h"
 #include "../decoder.h"
 
 namespace bitwright {
@@ -20,7 +19,7 @@ namespace {
 #define ALWAYS inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-constexpr int64_t kFewRows = 4;  // up to so many rows decoding again is cheaper than storing what was decoded
+constexpr int64_t kFewRows = 6;  // up to so many rows decoding again is cheaper than storing what was decoded
 constexpr int64_t kTileQueries = 6, kPanel = 16;
 constexpr float kMasked = -__builtin_inff();
 
@@ -34,17 +33,29 @@ struct Planes {
     if (i == kCount - 1) return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 32 - Bits));
     return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(((1 << Bits) - 1) << (Bits * i))));
   }
-  static ALWAYS float factor(int64_t i) {
-    return i == kCount - 1 ? 1.0f : 1.0f / static_cast<float>(int64_t{1} << (Bits * i));
+  // Of a channel in [block][plane][8].
+  static ALWAYS int64_t place(int64_t channel) {
+    constexpr uint64_t kUnit = kBlock, kPlanes = kCount;  // unsigned: a division is a shift
+    const uint64_t c = static_cast<uint64_t>(channel);
+    return static_cast<int64_t>(c / kUnit * kUnit + c % kPlanes * 8 + c % kUnit / kPlanes);
+  }
+  static ALWAYS float factor(int64_t i) {  // a power of two, by its exponent
+    const uint32_t bits = (127u - (i == kCount - 1 ? 0u : static_cast<uint32_t>(Bits * i))) << 23;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
   }
 };
 
-// Eight words of a record's codes from word 8 * block on; 0 beyond the last.
-ALWAYS __m256i load_words(const uint8_t* codes, int64_t block, int64_t words) {
-  const int* from = reinterpret_cast<const int*>(codes + block * 32);
-  if (block * 8 + 8 <= words) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  const __m256i left = _mm256_set1_epi32(static_cast<int>(words - block * 8));
-  return _mm256_maskload_epi32(from, _mm256_cmpgt_epi32(left, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+ALWAYS __m256i word_mask(int64_t words) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(words)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Eight words of a record's codes; in the last block only those that the mask has, and 0 beyond.
+template <bool Last>
+ALWAYS __m256i load_words(const uint8_t* codes, __m256i mask) {
+  if (Last) return _mm256_maskload_epi32(reinterpret_cast<const int*>(codes), mask);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
 
 ALWAYS float reduce_add(__m256 v) {
@@ -59,20 +70,21 @@ ALWAYS float reduce_max(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
 }
 
-// exponential.h, except that what is below its range is 0: a masked score, -inf, has no weight.
+// The coefficients of Cephes' expf. Below the range of normal numbers 0: a masked score, -inf, has no weight. Scores
+// never exceed their maximum, so there is no upper bound; NaN stays NaN.
 ALWAYS __m256 exponentials(__m256 x) {
-  const __m256 lowest = _mm256_set1_ps(kExpLowest), round = _mm256_set1_ps(kRound);
+  const __m256 lowest = _mm256_set1_ps(-87.3f), round = _mm256_set1_ps(12582912.0f);  // adding 1.5 * 2^23 rounds
   const __m256 none = _mm256_cmp_ps(x, lowest, _CMP_LT_OQ);
   x = _mm256_max_ps(lowest, x);  // in this order NaN stays NaN
-  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kLog2E), round), n = _mm256_sub_ps(shifted, round);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), r);
-  __m256 p = _mm256_set1_ps(kExp0);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp1));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp2));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp3));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp4));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExp5));
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), round), n = _mm256_sub_ps(shifted, round);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
   p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127)), 23);
   return _mm256_andnot_ps(none, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
@@ -86,11 +98,16 @@ struct Chunk {
 };
 
 void read_parameters(const uint8_t* records, const Records& r, int64_t count, float* scale, float* low) {
+  const int64_t bytes = r.bytes();
   const uint8_t* from = records + r.code_bytes();
-  for (int64_t t = 0; t < kKeyChunk; t += 4) {
-    alignas(16) uint32_t pairs[4] = {};
-    for (int64_t k = 0; k < 4 && t + k < count; ++k) std::memcpy(pairs + k, from + (t + k) * r.bytes(), 4);
-    const __m256 both = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(pairs)));
+  for (int64_t t = 0; t < kKeyChunk; t += 4, from += 4 * bytes) {
+    int pairs[4] = {};
+    if (t + 4 <= count) {
+      UNROLL for (int k = 0; k < 4; ++k) std::memcpy(pairs + k, from + k * bytes, 4);
+    } else {
+      for (int64_t k = 0; t + k < count; ++k) std::memcpy(pairs + k, from + k * bytes, 4);
+    }
+    const __m256 both = _mm256_cvtph_ps(_mm_setr_epi32(pairs[0], pairs[1], pairs[2], pairs[3]));
     const __m128 a = _mm256_castps256_ps128(both), b = _mm256_extractf128_ps(both, 1);
     _mm_storeu_ps(scale + t, _mm_shuffle_ps(a, b, 0x88));
     _mm_storeu_ps(low + t, _mm_shuffle_ps(a, b, 0xdd));
@@ -127,51 +144,52 @@ float weigh(float* scores, int64_t first, int64_t last, float* top, float* total
 // Queries in the order in which planes come out of words: [block][plane][8], with the powers of two.
 template <int Bits>
 float plane_query(const float* q, int64_t dim, int64_t width, float scale, float* out) {
-  constexpr int64_t kCount = Planes<Bits>::kCount;
-  float all = 0.0f;
-  for (int64_t at = 0; at < width; ++at) {
-    const int64_t i = at / 8 % kCount, channel = at / (8 * kCount) * (8 * kCount) + at % 8 * kCount + i;
-    const float value = channel < dim ? q[channel] * scale : 0.0f;
-    all += value;
-    out[at] = value * Planes<Bits>::factor(i);
+  using P = Planes<Bits>;
+  std::memset(out, 0, static_cast<size_t>(width) * 4);
+  float all[8] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    const float value = q[d] * scale;
+    all[d % 8] += value;
+    out[P::place(d)] = value * P::factor(d % P::kCount);
   }
-  return all;
+  return reduce_add(_mm256_loadu_ps(all));
+}
+
+template <int Bits, bool Last>
+ALWAYS void score_block(const uint8_t* codes, int64_t bytes, __m256i mask, const float* q, __m256 (&even)[4],
+                        __m256 (&odd)[4]) {
+  using P = Planes<Bits>;
+  __m256i w[4];
+  UNROLL for (int k = 0; k < 4; ++k) w[k] = load_words<Last>(codes + k * bytes, mask);
+  UNROLL for (int i = 0; i < P::kCount; i += 2) {
+    const __m256 q0 = _mm256_loadu_ps(q + i * 8), q1 = _mm256_loadu_ps(q + i * 8 + 8);
+    UNROLL for (int k = 0; k < 4; ++k) even[k] = _mm256_fmadd_ps(P::get(w[k], i), q0, even[k]);
+    UNROLL for (int k = 0; k < 4; ++k) odd[k] = _mm256_fmadd_ps(P::get(w[k], i + 1), q1, odd[k]);
+  }
 }
 
 template <int Bits>
-ALWAYS void scores_of_four(const uint8_t* codes, int64_t bytes, int64_t blocks, int64_t words, const float* q,
-                           float* out) {
-  using P = Planes<Bits>;
+ALWAYS void scores_of_four(const uint8_t* codes, int64_t bytes, int64_t words, const float* q, float* out) {
   __m256 even[4], odd[4];  // two sums each: one would wait for its own last multiplication
   UNROLL for (int k = 0; k < 4; ++k) even[k] = odd[k] = _mm256_setzero_ps();
-  for (int64_t block = 0; block < blocks; ++block, q += P::kBlock) {
-    __m256i w[4];
-    UNROLL for (int k = 0; k < 4; ++k) w[k] = load_words(codes + k * bytes, block, words);
-    UNROLL for (int i = 0; i < P::kCount; ++i) {
-      const __m256 part = _mm256_loadu_ps(q + i * 8);
-      UNROLL for (int k = 0; k < 4; ++k) {
-        if (i % 2) {
-          odd[k] = _mm256_fmadd_ps(P::get(w[k], i), part, odd[k]);
-        } else {
-          even[k] = _mm256_fmadd_ps(P::get(w[k], i), part, even[k]);
-        }
-      }
-    }
+  const __m256i mask = word_mask(words % 8);
+  for (int64_t left = words; left >= 8; left -= 8, codes += 32, q += Planes<Bits>::kBlock) {
+    score_block<Bits, false>(codes, bytes, mask, q, even, odd);
   }
+  if (words % 8) score_block<Bits, true>(codes, bytes, mask, q, even, odd);
   UNROLL for (int k = 0; k < 4; ++k) even[k] = _mm256_add_ps(even[k], odd[k]);
   const __m256 sum = _mm256_hadd_ps(_mm256_hadd_ps(even[0], even[1]), _mm256_hadd_ps(even[2], even[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
 }
 
 template <int Bits>
-void few_scores(const Chunk& c, const Records& r, int64_t blocks, int64_t words, const float* q, float all,
-                float* scores) {
+void few_scores(const Chunk& c, const Records& r, int64_t words, const float* q, float all, float* scores) {
   const int64_t bytes = r.bytes();
   int64_t t = 0;
-  for (; t + 4 <= c.count; t += 4) scores_of_four<Bits>(c.keys + t * bytes, bytes, blocks, words, q, scores + t);
+  for (; t + 4 <= c.count; t += 4) scores_of_four<Bits>(c.keys + t * bytes, bytes, words, q, scores + t);
   for (; t < c.count; ++t) {  // the same key four times, one kept
     float four[4];
-    scores_of_four<Bits>(c.keys + t * bytes, 0, blocks, words, q, four);
+    scores_of_four<Bits>(c.keys + t * bytes, 0, words, q, four);
     scores[t] = four[0];
   }
   const __m256 alls = _mm256_set1_ps(all);
@@ -182,11 +200,24 @@ void few_scores(const Chunk& c, const Records& r, int64_t blocks, int64_t words,
   }
 }
 
-// sums [block][plane][8] += weight * value; the minima in `base`, which is the same for all channels.
-template <int Bits>
-void few_values(const Chunk& c, const Records& r, int64_t blocks, int64_t words, float* weights, float factor,
-                float* sums, float* base) {
+template <int Bits, bool Last>
+ALWAYS void value_block(const uint8_t* codes, int64_t bytes, int64_t count, __m256i mask, const float* weights,
+                        __m256 factor, float* sums) {
   using P = Planes<Bits>;
+  __m256 sum[P::kCount];
+  UNROLL for (int i = 0; i < P::kCount; ++i) sum[i] = _mm256_mul_ps(_mm256_loadu_ps(sums + i * 8), factor);
+  for (int64_t t = 0; t < count; ++t, codes += bytes) {
+    const __m256i w = load_words<Last>(codes, mask);
+    const __m256 p = _mm256_broadcast_ss(weights + t);
+    UNROLL for (int i = 0; i < P::kCount; ++i) sum[i] = _mm256_fmadd_ps(P::get(w, i), p, sum[i]);
+  }
+  UNROLL for (int i = 0; i < P::kCount; ++i) _mm256_storeu_ps(sums + i * 8, sum[i]);
+}
+
+// sums [block][plane][8] = factor * sums + weight * value; the minima in `base`, the same for all channels.
+template <int Bits>
+void few_values(const Chunk& c, const Records& r, int64_t words, float* weights, float factor, float* sums,
+                float* base) {
   __m256 low = _mm256_setzero_ps();
   for (int64_t t = 0; t < c.count; t += 8) {
     const __m256 p = _mm256_loadu_ps(weights + t);
@@ -195,16 +226,12 @@ void few_values(const Chunk& c, const Records& r, int64_t blocks, int64_t words,
   }
   *base = *base * factor + reduce_add(low);
   const __m256 factors = _mm256_set1_ps(factor);
-  for (int64_t block = 0; block < blocks; ++block, sums += P::kBlock) {
-    __m256 sum[P::kCount];
-    UNROLL for (int i = 0; i < P::kCount; ++i) sum[i] = _mm256_mul_ps(_mm256_loadu_ps(sums + i * 8), factors);
-    for (int64_t t = 0; t < c.count; ++t) {
-      const __m256i w = load_words(c.values + t * r.bytes(), block, words);
-      const __m256 p = _mm256_broadcast_ss(weights + t);
-      UNROLL for (int i = 0; i < P::kCount; ++i) sum[i] = _mm256_fmadd_ps(P::get(w, i), p, sum[i]);
-    }
-    UNROLL for (int i = 0; i < P::kCount; ++i) _mm256_storeu_ps(sums + i * 8, sum[i]);
+  const __m256i mask = word_mask(words % 8);
+  const uint8_t* codes = c.values;
+  for (int64_t left = words; left >= 8; left -= 8, codes += 32, sums += Planes<Bits>::kBlock) {
+    value_block<Bits, false>(codes, r.bytes(), c.count, mask, weights, factors, sums);
   }
+  if (words % 8) value_block<Bits, true>(codes, r.bytes(), c.count, mask, weights, factors, sums);
 }
 
 // --- many rows ---
@@ -340,9 +367,9 @@ void attend(const Attention& a, const Span& s, float* scratch, const Partial& ou
       float* row = scores + i * kKeyChunk;
       const int64_t first = a.first_key(s.first_row + i) - c.first;
       const int64_t last = smaller(a.end_key(s.first_row + i) - c.first, c.count);
-      if (few) few_scores<Bits>(c, r, blocks, words, q + i * q_width, all[i], row);
+      if (few) few_scores<Bits>(c, r, words, q + i * q_width, all[i], row);
       factors[i] = weigh(row, smaller(first, kKeyChunk), last, out.top + i, out.total + i);
-      if (few) few_values<Bits>(c, r, blocks, words, row, factors[i], sums + i * sum_width, base + i);
+      if (few) few_values<Bits>(c, r, words, row, factors[i], sums + i * sum_width, base + i);
     }
     for (int64_t panel = 0; !few && panel * kPanel < sum_width; ++panel) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -352,15 +379,13 @@ void attend(const Attention& a, const Span& s, float* scratch, const Partial& ou
     }
   }
   for (int64_t i = 0; i < s.rows; ++i) {
-    for (int64_t d = 0; d < dim; ++d) {
-      float* to = out.sums + i * dim + d;
-      if (few) {
-        const int64_t plane = d % P::kCount, at = d / P::kBlock * P::kBlock + plane * 8 + d % P::kBlock / P::kCount;
-        *to = sums[i * sum_width + at] * P::factor(plane) + base[i];
-      } else {
-        *to = sums[i * sum_width + d];
-      }
+    const float* from = sums + i * sum_width;
+    float* to = out.sums + i * dim;
+    if (!few) {
+      std::memcpy(to, from, static_cast<size_t>(dim) * 4);
+      continue;
     }
+    for (int64_t d = 0; d < dim; ++d) to[d] = from[P::place(d)] * P::factor(d % P::kCount) + base[i];
   }
 }
 

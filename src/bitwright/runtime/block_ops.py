@@ -1,8 +1,9 @@
-"""The small rest of a decoder block as ops: norm, rotary embedding, gated activation; all fp32.
+"""The small rest of a decoder block as ops: norm and rotary embedding; fp32.
 
 At one token each of them is a handful of torch ops of some thousand numbers, whose calls cost more than their
-arithmetic. Rows do not touch each other, and results do not depend on the number of threads. Numerics are those of
-transformers' Llama in fp32. Schema, fake kernel, native and reference kernel as in bitwright.runtime.ops.
+arithmetic. (The gated activation is not here: torch's silu and product are as fast.) Rows do not touch each other, and
+results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Schema, fake kernel,
+native and reference kernel as in bitwright.runtime.ops.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ _library = torch.library.Library("bitwright", "FRAGMENT")
 
 _library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
-_library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 
 
 def _require_float32(**tensors: Tensor) -> None:
@@ -94,28 +94,5 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up fp32 of one shape -> gate / (1 + exp(-gate)) * up, the gated activation of Llama's MLP."""
-    _require_float32(gate=gate, up=up)
-    if gate.shape != up.shape:
-        raise ValueError(f"gate and up must have one shape; found {list(gate.shape)} and {list(up.shape)}")
-    module = native()
-    if module is None:
-        return torch.nn.functional.silu(gate) * up
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    module.silu_mul(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), torch.get_num_threads())
-    return y
-
-
-_library.impl("silu_mul", _silu_mul, "CPU")
-
-
-@torch.library.register_fake("bitwright::silu_mul", lib=_library)
-def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
 rms_norm = torch.ops.bitwright.rms_norm.default
 rope = torch.ops.bitwright.rope.default
-silu_mul = torch.ops.bitwright.silu_mul.default

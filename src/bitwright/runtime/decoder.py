@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.runtime.attention_ops import kv_append, kv_attention
-from bitwright.runtime.block_ops import rms_norm, rope, silu_mul
+from bitwright.runtime.block_ops import rms_norm, rope
 from bitwright.runtime.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from bitwright.runtime.linear import Kernel, QuantizedLinear, quantized_linears
 from bitwright.runtime.tiles import TILE_ROWS
@@ -106,7 +106,7 @@ class _Block:
         (attended,) = self.attn_out(mixed.flatten(1))
         x = x + attended
         gate, up = self.mlp_in(self.mlp_norm(x))
-        (made,) = self.mlp_out(silu_mul(gate, up))
+        (made,) = self.mlp_out(nn.functional.silu(gate) * up)
         return x + made
 
 

@@ -1,0 +1,328 @@
+"""The ops on the quantized cache and the small rest of a block: every variant against torch on the decoded cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from bitwright.runtime import attention_ops, block_ops
+from bitwright.runtime.attention_ops import record_bytes
+from bitwright.runtime.kv_cache import decode, encode
+
+from .test_ops import VARIANTS, backend, module, needs_native, restore  # noqa: F401 (a fixture)
+from .twins import examples, gaussian
+
+SPREADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "shifted": lambda x: x + 3,
+    "large": lambda x: x * 1e4,
+    "beyond fp16": lambda x: x * 1e6,
+    "tiny": lambda x: x * 1e-7,
+    "zeros": torch.zeros_like,
+    "constant": lambda x: torch.full_like(x, -2.5),
+    "outlier": lambda x: torch.cat([x[..., :1] * 1e4, x[..., 1:]], dim=-1),
+}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def filled(states: Tensor, bits: int, capacity: int) -> Tensor:
+    """Records of states [heads, tokens, head_dim] at the front of a buffer whose rest is rubbish."""
+    records = torch.full((states.shape[0], capacity, record_bytes(states.shape[2], bits)), 0xAB, dtype=torch.uint8)
+    records[:, : states.shape[1]] = encode(states, bits)
+    return records
+
+
+def exact(
+    queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
+) -> tuple[Tensor, float, Tensor]:
+    """In fp64: attention on the decoded cache, the largest sum of |q k| (it bounds the rounding of scores), values."""
+    heads_q, new, head_dim = queries.shape
+    k, v = (
+        decode(r[:, :length], head_dim, bits, torch.float64).repeat_interleave(heads_q // keys.shape[0], dim=0)
+        for r in (keys, values)
+    )
+    q = queries.double() * scale
+    key, query = torch.arange(length), torch.arange(length - new, length).unsqueeze(1)
+    hidden = (key > query) | ((key <= query - window) if window else torch.zeros(1, dtype=torch.bool))
+    scores = (q @ k.transpose(1, 2)).masked_fill(hidden, float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(0, 1), float((q.abs() @ k.abs().transpose(1, 2)).max()), v
+
+
+def check(found: Tensor, arguments: tuple[Any, ...]) -> None:
+    expected, size, values = exact(*arguments)
+    # fp32 scores err by some units in the last place of their terms; weights err by as much, relatively.
+    slack = min(2.0, 1e-4 + 1e-6 * size)
+    error = (found.double() - expected).abs().max()
+    assert found.isfinite().all()
+    assert float(error) <= slack * float(values.abs().max()) + 1e-12
+
+
+@given(
+    heads=st.integers(1, 3),
+    tokens=st.integers(0, 9),
+    head_dim=st.integers(1, 160),
+    position=st.integers(0, 5),
+    bits=st.sampled_from([4, 8]),
+    spread=st.sampled_from(sorted(SPREADS)),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@examples(60)
+def test_append_writes_the_bytes_of_encode(
+    heads: int, tokens: int, head_dim: int, position: int, bits: int, spread: str, count: int, seed: int
+) -> None:
+    states = SPREADS[spread](gaussian(tokens, heads, head_dim, seed=seed)).transpose(0, 1)  # a strided view
+    before = torch.full((heads, position + tokens + 2, record_bytes(head_dim, bits)), 0x5A, dtype=torch.uint8)
+    expected = before.clone()
+    expected[:, position : position + tokens] = encode(states, bits)
+    try:
+        for name in VARIANTS:
+            module.choose(name)
+            records = before.clone()
+            with threads(count):
+                attention_ops.kv_append(records, states, position, bits)
+            assert torch.equal(records, expected), name
+    finally:
+        restore()
+
+
+@given(row=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), bits=st.sampled_from([4, 8]))
+@examples(150)
+def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits: int) -> None:
+    states = torch.tensor(row).reshape(1, 1, -1)
+    try:
+        for name in VARIANTS:
+            module.choose(name)
+            records = torch.zeros(1, 1, record_bytes(len(row), bits), dtype=torch.uint8)
+            attention_ops.kv_append(records, states, 0, bits)
+            assert torch.equal(records, encode(states, bits)), name
+    finally:
+        restore()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("channel", [0, 9, 20])
+def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> None:  # noqa: F811
+    states = gaussian(1, 3, 21)
+    states[0, 1, channel] = float("nan")
+    records = torch.zeros(1, 3, record_bytes(21, bits), dtype=torch.uint8)
+    attention_ops.kv_append(records, states, 0, bits)
+    found = decode(records, 21, bits, torch.float32)
+    assert bool(found[0, 1].isnan().all())
+    assert bool(found[0, [0, 2]].isfinite().all())
+
+
+@needs_native
+@given(
+    head_dim=st.integers(1, 160),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    length=st.integers(1, 300),
+    new=st.sampled_from([1, 1, 1, 2, 5, 17, 60, 300]),
+    window=st.sampled_from([0, 0, 1, 7, 64, 100, 400]),
+    bits=st.sampled_from([4, 8]),
+    spread=st.sampled_from(sorted(SPREADS)),
+    seed=st.integers(0, 1000),
+)
+@examples(80)
+def test_attention_over_the_cache(
+    head_dim: int, heads: int, group: int, length: int, new: int, window: int, bits: int, spread: str, seed: int
+) -> None:
+    new = min(new, length)
+    keys = filled(SPREADS[spread](gaussian(heads, length, head_dim, seed=seed)), bits, length + seed % 3)
+    values = filled(SPREADS[spread](gaussian(heads, length, head_dim, seed=seed + 1)), bits, length + seed % 3)
+    queries = gaussian(new, heads * group, head_dim, seed=seed + 2).transpose(0, 1)
+    arguments = (queries, keys, values, length, head_dim**-0.5, window, bits)
+    try:
+        for name in VARIANTS:
+            module.choose(name)
+            with threads(1):
+                found = attention_ops.kv_attention(*arguments)
+            assert found.shape == (new, heads * group, head_dim)
+            check(found, arguments)
+            for count in (2, 3):
+                with threads(count):
+                    assert torch.equal(attention_ops.kv_attention(*arguments), found), (name, count)
+    finally:
+        restore()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("heads", "group", "new", "length", "window"),
+    [(2, 1, 1, 1700, 0), (1, 4, 1, 1700, 1100), (2, 3, 2, 1030, 0), (1, 2, 200, 513, 0), (3, 1, 64, 600, 90)],
+)
+def test_long_contexts_in_parts(
+    backend: str,  # noqa: F811
+    bits: int,
+    heads: int,
+    group: int,
+    new: int,
+    length: int,
+    window: int,
+) -> None:
+    states = [gaussian(heads, length, 128, seed=seed) * 2 for seed in (1, 2)]
+    keys, values = (filled(part, bits, length) for part in states)
+    arguments = (gaussian(heads * group, new, 128, seed=3), keys, values, length, 128**-0.5, window, bits)
+    found: list[Tensor] = []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(attention_ops.kv_attention(*arguments))
+    check(found[0], arguments)
+    reference = attention_ops._kv_attention_reference(*arguments)
+    torch.testing.assert_close(found[0], reference, rtol=1e-4, atol=2e-5)
+    if backend != "reference":
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+def test_one_by_one_is_all_at_once(backend: str) -> None:  # noqa: F811
+    keys, values, queries = (gaussian(2, 70, 80, seed=seed) for seed in (1, 2, 3))
+    whole = [torch.zeros(2, 70, record_bytes(80, 4), dtype=torch.uint8) for _ in range(4)]
+    attention_ops.kv_append(whole[0], keys, 0, 4)
+    attention_ops.kv_append(whole[1], values, 0, 4)
+    expected = attention_ops.kv_attention(queries, whole[0], whole[1], 70, 0.2, 0, 4)
+    for token in range(70):
+        now = slice(token, token + 1)
+        attention_ops.kv_append(whole[2], keys[:, now], token, 4)
+        attention_ops.kv_append(whole[3], values[:, now], token, 4)
+        found = attention_ops.kv_attention(queries[:, now], whole[2], whole[3], token + 1, 0.2, 0, 4)
+        torch.testing.assert_close(found[0], expected[token], rtol=1e-4, atol=1e-5)
+    assert torch.equal(whole[0], whole[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("new", [1, 20])
+def test_what_is_not_finite_stays_visible(backend: str, value: float, new: int) -> None:  # noqa: F811
+    keys, values = (filled(gaussian(1, 90, 33, seed=seed), 4, 90) for seed in (1, 2))
+    queries = gaussian(2, new, 33)
+    queries[1, new - 1, 5] = value
+    found = attention_ops.kv_attention(queries, keys, values, 90, 0.2, 0, 4)
+    assert bool(found[new - 1, 1].isnan().all())
+    assert bool(found[:, 0].isfinite().all())
+
+
+def test_what_does_not_fit_is_refused(backend: str) -> None:  # noqa: F811
+    states, records = gaussian(2, 3, 10), torch.zeros(2, 8, record_bytes(10, 4), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="do not fit at position 6"):
+        attention_ops.kv_append(records, states, 6, 4)
+    with pytest.raises(ValueError, match="records must be uint8"):
+        attention_ops.kv_append(records, states, 0, 8)
+    with pytest.raises(ValueError, match="contiguous"):
+        attention_ops.kv_append(records[:, ::2], states, 0, 4)
+    with pytest.raises(ValueError, match="bits must be"):
+        attention_ops.kv_append(records, states, 0, 3)
+    with pytest.raises(ValueError, match="float32"):
+        attention_ops.kv_attention(states.double(), records, records, 3, 1.0, 0, 4)
+    with pytest.raises(ValueError, match="length must lie"):
+        attention_ops.kv_attention(states, records, records, 2, 1.0, 0, 4)
+    with pytest.raises(ValueError, match="length must lie"):
+        attention_ops.kv_attention(states, records, records, 9, 1.0, 0, 4)
+    with pytest.raises(ValueError, match="no multiple"):
+        attention_ops.kv_attention(gaussian(3, 1, 10), records, records, 2, 1.0, 0, 4)
+    with pytest.raises(ValueError, match="window"):
+        attention_ops.kv_attention(states, records, records, 3, 1.0, -1, 4)
+    with pytest.raises(ValueError, match="one shape"):
+        attention_ops.kv_attention(states, records, records[:, :7].contiguous(), 3, 1.0, 0, 4)
+
+
+# --- the small rest of a block ---
+
+
+@pytest.mark.parametrize("shape", [(1, 4096), (3, 7), (2, 5, 100), (40, 2048), (0, 8)])
+@pytest.mark.parametrize("factor", [1.0, 1e4, 1e-4, 0.0])
+def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor: float) -> None:  # noqa: F811
+    x, norm = gaussian(*shape) * factor, LlamaRMSNorm(shape[-1], eps=1e-5)
+    norm.weight.data = gaussian(shape[-1], seed=1)
+    with torch.no_grad():
+        expected = norm(x)
+    found = block_ops.rms_norm(x, norm.weight.detach(), 1e-5)
+    torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 128), (5, 3, 80), (40, 32, 64), (2, 1, 2), (0, 2, 4)])
+def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> None:  # noqa: F811
+    tokens, heads, head_dim = shape
+    wide = gaussian(tokens, heads + 2, head_dim)
+    x = wide[:, 1 : 1 + heads]  # as out of a fused projection
+    angles = torch.arange(tokens).unsqueeze(1) * torch.linspace(1, 0.01, head_dim // 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    expected, _ = apply_rotary_pos_emb(x, x, angles.cos(), angles.sin(), unsqueeze_dim=1)
+    assert torch.equal(block_ops.rope(x, angles.cos(), angles.sin()), expected)
+
+
+@needs_native
+def test_rows_do_not_depend_on_threads_or_neighbours() -> None:
+    x, y = gaussian(50, 4096), gaussian(50, 4096, seed=1)
+    calls: list[Callable[[int], Tensor]] = [
+        lambda rows: block_ops.rms_norm(x[-rows:], y[0], 1e-6),
+        lambda rows: block_ops.rope(x[-rows:].unflatten(1, (-1, 64)), y[-rows:, :64], y[-rows:, 64:128]).flatten(1),
+    ]
+    for call in calls:
+        with threads(1):
+            expected = call(50)
+        assert torch.equal(call(1)[0], expected[-1])
+        for count in (2, 3):
+            with threads(count):
+                assert torch.equal(call(50), expected)
+
+
+def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:  # noqa: F811
+    x = gaussian(2, 3, 8)
+    with pytest.raises(ValueError, match="weight must be"):
+        block_ops.rms_norm(x, gaussian(7), 1e-6)
+    with pytest.raises(ValueError, match="x must be float32"):
+        block_ops.rms_norm(x.double(), gaussian(8), 1e-6)
+    with pytest.raises(ValueError, match="even head_dim"):
+        block_ops.rope(x[..., :7], x[:, 0, :7], x[:, 0, :7])
+    with pytest.raises(ValueError, match="cos and sin must be"):
+        block_ops.rope(x, x[:, 0, :4], x[:, 0])
+
+
+# --- as ops of torch ---
+
+
+def test_the_ops_pass_opcheck(backend: str) -> None:  # noqa: F811
+    records = filled(gaussian(2, 6, 9), 4, 8)
+    torch.library.opcheck(attention_ops.kv_append, (records.clone(), gaussian(2, 2, 9), 6, 4))
+    for queries in (gaussian(4, 1, 9), gaussian(3, 4, 9).transpose(0, 1)):
+        torch.library.opcheck(attention_ops.kv_attention, (queries, records, records, 6, 0.3, 4, 4))
+    torch.library.opcheck(block_ops.rms_norm, (gaussian(2, 9), gaussian(9), 1e-6))
+    torch.library.opcheck(block_ops.rope, (gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8)))
+
+
+def test_compile_of_a_decode_step(backend: str) -> None:  # noqa: F811
+    def step(x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        x = block_ops.rms_norm(x, weight, 1e-6)
+        q = block_ops.rope(x.unflatten(1, (2, 8)), cos, cos).transpose(0, 1)
+        attention_ops.kv_append(keys, q, position, 4)
+        attention_ops.kv_append(values, q + 1, position, 4)
+        y = attention_ops.kv_attention(q, keys, values, position + 1, 0.3, 0, 4)
+        return torch.nn.functional.silu(y.flatten(1)) * x
+
+    weight, cos = gaussian(16), gaussian(1, 8)
+    buffers = [filled(gaussian(2, 5, 8, seed=seed), 4, 9) for seed in (0, 1)]
+    ours, compiled = [b.clone() for b in buffers], [b.clone() for b in buffers]
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for position in (5, 6, 7):
+        x = gaussian(1, 16, seed=position)
+        expected = step(x, *ours, position)
+        assert torch.equal(compiled_step(x, *compiled, position), expected)
+        assert all(torch.equal(a, b) for a, b in zip(ours, compiled, strict=True))
