@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
+#include "solver/factor.h"
 #include "solver/feedback.h"
 #include "solver/levels.h"
 
@@ -121,5 +122,10 @@ NB_MODULE(_native, m) {
       for (int i = 0; i < count; ++i) at<int8_t>(integers)[row * count + i] = grid.integers[i];
       at<uint16_t>(scales)[row] = grid.scale;
     }
+  });
+  m.def("upper_factor", [](uintptr_t hessian, int64_t size, float shift, uintptr_t upper, int threads) {
+    const SolverKernels& solver = solver_kernels(kernels().name);
+    nb::gil_scoped_release free;
+    return upper_factor(solver, at<const float>(hessian), size, shift, at<float>(upper), threads);
   });
 }

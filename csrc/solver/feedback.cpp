@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
-#include "../site.h"
+#include "memory.h"
 
 namespace bitwright {
 
@@ -15,19 +13,6 @@ namespace {
 
 // Rows that share one packing of U: enough that it costs little, few enough that their errors of a block stay in L2.
 constexpr int64_t kChunkRows = 256;
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-template <typename T>
-using Array = std::unique_ptr<T[], Free>;
-
-template <typename T>
-Array<T> array(int64_t size) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>(round_up(size * static_cast<int64_t>(sizeof(T)) + 1, 64)));
-  if (!memory) throw std::bad_alloc();
-  return Array<T>(static_cast<T*>(memory));
-}
 
 // One thread's share of the work: chunks of rows, strip by strip inside.
 class Chunk {
@@ -44,11 +29,11 @@ class Chunk {
         groups_((normal_ + in.group - 1) / in.group),
         width_(smaller(in.group, normal_)),
         strip_(in.columns * kStripRows),
-        work_(array<float>(rows / kStripRows * strip_)),
-        errors_(array<float>(rows * width_)),
-        panel_(array<float>(width_ * kPanel)),
-        row_(array<float>(width_)),
-        ranks_(array<uint8_t>(width_ * kStripRows)) {}
+        work_(make_array<float>(rows / kStripRows * strip_)),
+        errors_(make_array<float>(rows * width_)),
+        panel_(make_array<float>(width_ * kPanel)),
+        row_(make_array<float>(width_)),
+        ranks_(make_array<uint8_t>(width_ * kStripRows)) {}
 
   void solve(int64_t first, int64_t rows) {
     first_ = first;
