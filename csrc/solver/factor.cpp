@@ -55,17 +55,21 @@ class Factorization {
   Array<float> diagonals_;  // [blocks][kBlock][kBlock]: the diagonal blocks of L, transposed
 };
 
+// Tile by tile: 16 rows of H lie so far apart that their lines push each other out of the cache.
 void Factorization::read(const float* hessian, float shift) {
 #pragma omp parallel for num_threads(threads_) schedule(dynamic, 4)
   for (int64_t s = 0; s < strips_; ++s) {
-    for (int64_t j = 0; j < (s + 1) * kStripRows; ++j) {
-      float* to = row_strip(s, j);
+    for (int64_t tile = 0; tile <= s; ++tile) {
+      float* to = row_strip(s, tile * kStripRows);
       for (int64_t r = 0; r < kStripRows; ++r) {
         const int64_t i = s * kStripRows + r;
-        // Above the diagonal whatever is finite will do.
-        to[r] = i >= size_ || j >= size_ || i < j ? static_cast<float>(i == j)
-                                                  : hessian[(size_ - 1 - j) * size_ + size_ - 1 - i];
-        if (i == j && i < size_) to[r] += shift;
+        for (int64_t c = 0; c < kStripRows; ++c) {
+          const int64_t j = tile * kStripRows + c;
+          // Above the diagonal whatever is finite will do.
+          to[c * kStripRows + r] = i >= size_ || i < j ? static_cast<float>(i == j)
+                                                       : hessian[(size_ - 1 - i) * size_ + size_ - 1 - j];
+        }
+        if (tile == s && i < size_) to[r * kStripRows + r] += shift;
       }
     }
   }

@@ -85,7 +85,8 @@ BITWRIGHT_INLINE void update_strip(const float* errors, int64_t width, const flo
       for (int64_t v = 0; v < kVectors; ++v) load(errors + k * kStripRows + 8 * v, error[v]);
       const float* u = panel + k * kPanel + first;
       for (int64_t c = 0; c < kPanelStep; ++c) {
-        const Vector factor = Vector{} + u[c];
+        const float f = u[c];
+        const Vector factor = {f, f, f, f, f, f, f, f};
         for (int64_t v = 0; v < kVectors; ++v) Madd::add(error[v], factor, sums[c][v]);
       }
     }

@@ -75,7 +75,7 @@ def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRec
     Returns the CodebookMatrix without a permutation. `weights` is not changed. The native kernels do it where they are
     there and the tensors are what they read (solvers/native.py); `solve_rows_reference` does it anywhere.
     """
-    if native.applies(weights, factor, recipe):
+    if native.available(weights, factor.upper, factor.importance):
         return native.solve_rows(weights, factor, outliers, recipe)
     return solve_rows_reference(weights, factor, outliers, recipe)
 

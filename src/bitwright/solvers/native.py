@@ -8,7 +8,7 @@ of the middle of two levels may get the other code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,22 +16,39 @@ from torch import Tensor
 from bitwright.codebook import CodebookMatrix, Kind, matrix_shapes
 from bitwright.recipe import WeightRecipe
 from bitwright.runtime.native import native
-from bitwright.solvers.hessian import Factor
+
+if TYPE_CHECKING:
+    from bitwright.solvers.hessian import Factor
 
 # By their numbers in csrc/solver/levels.h and kernels.h.
 SEARCHES = ("em", "dp", "minmax", "uniform")
 FEEDBACK = ("none", "block-diag", "block-tri", "column")
 
 
-def applies(weights: Tensor, factor: Factor, recipe: WeightRecipe) -> bool:
-    """Whether the native code can do this: it is there, and everything is fp32 on the CPU."""
-    tensors = (weights, factor.upper, factor.importance)
+def available(*tensors: Tensor) -> bool:
+    """Whether the native code is there and can read these: fp32 on the CPU."""
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return False
-    return recipe.group % 8 == 0 and native() is not None
+    return native() is not None
 
 
-def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
+def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
+    """fp32 [columns, columns], symmetric -> U, upper triangular, inverse(H + shift I) = U^T U.
+
+    None where H + shift I has no Cholesky factor in fp32. The result does not depend on `threads`.
+    """
+    size = hessian.shape[0]
+    if hessian.shape != (size, size):
+        raise ValueError(f"a Hessian is square; found {list(hessian.shape)}")
+    hessian = hessian.contiguous()
+    upper = torch.empty_like(hessian)
+    count = threads or torch.get_num_threads()
+    return upper if native().upper_factor(hessian.data_ptr(), size, shift, upper.data_ptr(), count) else None
+
+
+def solve_rows(
+    weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe, threads: int | None = None
+) -> CodebookMatrix:
     """As `feedback.solve_rows`; fp32 on the CPU. Raises ValueError for shapes that do not go together."""
     rows, columns = weights.shape
     if factor.upper.shape != (columns, columns) or factor.importance.shape != (columns,):
@@ -66,7 +83,7 @@ def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRec
         recipe.em_iterations,
         recipe.feedback_outliers,
         *(address(name) for name in ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")),
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
     )
     return CodebookMatrix(
         rows=rows,
