@@ -79,11 +79,11 @@ GridRow uniform_grid(const float* w, int64_t width, int count) {
 void minmax(const float* w, int64_t width, int count, float* levels) {
   const auto ends = std::minmax_element(w, w + width);
   const float low = *ends.first, span = *ends.second - low;
-  // As linspace(0, 1) does it, from both ends.
+  // As torch.linspace(0, 1) does it, from both ends, the difference rounded once.
   const float step = 1.0f / static_cast<float>(count - 1);
   for (int i = 0; i < count; ++i) {
-    const float share =
-        i < count / 2 ? step * static_cast<float>(i) : 1.0f - step * static_cast<float>(count - 1 - i);
+    const float share = i < count / 2 ? step * static_cast<float>(i)
+                                      : static_cast<float>(1.0 - static_cast<double>(step) * (count - 1 - i));
     levels[i] = low + span * share;
   }
 }
