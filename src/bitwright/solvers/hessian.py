@@ -59,26 +59,29 @@ def factorize(hessian: Tensor, damping: float, importance: Importance, threads: 
     return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only")
 
 
-def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None = None) -> Tensor | None:
-    """U of inverse(H + shift I) = U^T U, fp32, or None where the factorization fails or is not finite.
-
-    With J the reversal of the channels, J (H + shift I) J = L L^T gives U = J L^-1 J: one Cholesky factorization and
-    one triangular inverse, where the inverse Hessian and its factor would cost twice as much and lose accuracy.
-    """
+def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None) -> Tensor | None:
+    """U of inverse(H + shift I) = U^T U, fp32, or None where the factorization fails or is not finite."""
     if dtype == torch.float32 and native.available(hessian):
         upper = native.upper_factor(hessian, shift, threads)
     else:
-        damped = hessian.to(dtype, copy=True)
-        damped.diagonal().add_(shift)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        del damped
-        if int(failed):
-            return None
-        identity = torch.eye(lower.shape[0], dtype=dtype)
-        upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    if upper is None or not bool(torch.isfinite(upper).all()):
+        upper = upper_factor_reference(hessian, shift, dtype)
+    return upper if upper is not None and bool(torch.isfinite(upper).all()) else None
+
+
+def upper_factor_reference(hessian: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
+    """U of inverse(H + shift I) = U^T U, computed in `dtype`, fp32; None where the factorization fails.
+
+    With J the reversal of the channels, J (H + shift I) J = L L^T gives U = J L^-1 J: one Cholesky factorization and
+    one triangular inverse, where the inverse Hessian and its factor would cost more and lose accuracy.
+    """
+    damped = hessian.to(dtype, copy=True)
+    damped.diagonal().add_(shift)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    del damped
+    if int(failed):
         return None
-    return upper.float()
+    identity = torch.eye(lower.shape[0], dtype=dtype)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
 
 
 def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) -> Tensor:
