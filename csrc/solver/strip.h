@@ -40,13 +40,15 @@ BITWRIGHT_INLINE void round_column(const float* weights, const float* values, co
 // other, as torch does it.
 BITWRIGHT_INLINE void hand_on(const Block& block, int64_t c, float* columns) {
   const float* row = block.upper + c * block.stride;
+  float* own = block.errors + c * kStripRows;
+  const int64_t width = block.width;
   Vector error[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) {
-    load(block.errors + c * kStripRows + 8 * v, error[v]);
+    load(own + 8 * v, error[v]);
     error[v] = error[v] / row[c];
-    store(error[v], block.errors + c * kStripRows + 8 * v);
+    store(error[v], own + 8 * v);
   }
-  for (int64_t j = c + 1; j < block.width; ++j) {
+  for (int64_t j = c + 1; j < width; ++j) {
     for (int64_t v = 0; v < kVectors; ++v) {
       Vector later;
       load(columns + j * kStripRows + 8 * v, later);
