@@ -12,6 +12,8 @@ from bitwright.solvers import native
 
 Importance = Literal["none", "hessian", "inverse", "conditional"]
 DAMPING_STEPS = 4
+# Columns that output_error multiplies together.
+SUM_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,15 @@ def output_error(original: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[
 
     original, quantized: fp32 [rows, columns] in site order. The first over the second is the relative output error.
     """
-    difference = original - quantized
-    lost = ((difference @ hessian) * difference).double().sum()
-    total = ((original @ hessian) * original).double().sum()
-    return float(lost), float(total)
+    return _quadratic(original - quantized, hessian), _quadratic(original, hessian)
+
+
+def _quadratic(rows: Tensor, hessian: Tensor) -> float:
+    """Sum of r^T H r over the rows r; of the symmetric H only the blocks on and above the diagonal are multiplied."""
+    total = 0.0
+    for start in range(0, rows.shape[1], SUM_BLOCK):
+        stop = min(start + SUM_BLOCK, rows.shape[1])
+        product = rows[:, start:stop] @ hessian[start:stop, start:]
+        product[:, stop - start :] *= 2.0
+        total += float((product * rows[:, start:]).double().sum())
+    return total
