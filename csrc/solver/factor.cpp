@@ -31,7 +31,7 @@ class Factorization {
 
   void read(const float* hessian, float shift);
   bool factorize();
-  void invert(float* upper) const;
+  bool invert(float* upper) const;
 
  private:
   // L, strip by strip: the columns up to the diagonal, 16 rows each. Padding rows are those of the identity.
@@ -46,7 +46,7 @@ class Factorization {
   bool factorize_diagonal(int64_t start);
   void solve(int64_t start, float* strip) const;
   int64_t pack(int64_t start, int64_t row, float* panel) const;
-  void invert_chunk(int64_t first, int64_t strips, float* work, float* panel, float* upper) const;
+  bool invert_chunk(int64_t first, int64_t strips, float* work, float* panel, float* upper) const;
 
   const SolverKernels& kernels_;
   const int64_t size_, padded_, strips_;
@@ -149,13 +149,15 @@ bool Factorization::factorize() {
   return true;
 }
 
-// Columns of X = L^-1 from `first` on, L X = I from top to bottom; work [strips][padded - first][16].
-void Factorization::invert_chunk(int64_t first, int64_t strips, float* work, float* panel, float* upper) const {
+// Columns of X = L^-1 from `first` on, L X = I from top to bottom; work [strips][padded - first][16]. Whether all of
+// them are finite.
+bool Factorization::invert_chunk(int64_t first, int64_t strips, float* work, float* panel, float* upper) const {
   const int64_t stride = (padded_ - first) * kStripRows;
   std::memset(work, 0, static_cast<size_t>(strips * stride) * sizeof(float));
   for (int64_t c = 0; c < strips * kStripRows; ++c) {
     work[c / kStripRows * stride + c * kStripRows + c % kStripRows] = 1.0f;
   }
+  float zero = 0.0f;  // 0 times a number that is not finite is none
   for (int64_t start = first; start < padded_; start += kBlock) {
     const int64_t stop = start + width(start);
     for (int64_t s = 0; s < strips; ++s) {
@@ -164,7 +166,9 @@ void Factorization::invert_chunk(int64_t first, int64_t strips, float* work, flo
       for (int64_t i = start; i < smaller(stop, size_); ++i) {
         for (int64_t r = 0; r < kStripRows; ++r) {
           const int64_t c = first + s * kStripRows + r;
-          if (c <= i) upper[(size_ - 1 - i) * size_ + size_ - 1 - c] = block[(i - start) * kStripRows + r];
+          const float value = block[(i - start) * kStripRows + r];
+          zero += 0.0f * value;
+          if (c <= i) upper[(size_ - 1 - i) * size_ + size_ - 1 - c] = value;
         }
       }
     }
@@ -177,14 +181,16 @@ void Factorization::invert_chunk(int64_t first, int64_t strips, float* work, flo
       }
     }
   }
+  return zero == 0.0f;
 }
 
-void Factorization::invert(float* upper) const {
+bool Factorization::invert(float* upper) const {
   std::memset(upper, 0, static_cast<size_t>(size_ * size_) * sizeof(float));
   const int64_t chunk = kChunkStrips * kStripRows;
   const Array<float> works = make_array<float>(threads_ * chunk * padded_);
   const Array<float> panels = make_array<float>(threads_ * kBlock * kPanel);
   int next = 0;
+  bool finite = true;
 #pragma omp parallel num_threads(threads_)
   {
     int mine;
@@ -193,9 +199,14 @@ void Factorization::invert(float* upper) const {
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < padded_; first += chunk) {
       const int64_t strips = smaller(chunk, padded_ - first) / kStripRows;
-      invert_chunk(first, strips, works.get() + mine * chunk * padded_, panels.get() + mine * kBlock * kPanel, upper);
+      float* work = works.get() + mine * chunk * padded_;
+      if (!invert_chunk(first, strips, work, panels.get() + mine * kBlock * kPanel, upper)) {
+#pragma omp atomic write
+        finite = false;
+      }
     }
   }
+  return finite;
 }
 
 }  // namespace
@@ -204,9 +215,7 @@ bool upper_factor(const SolverKernels& kernels, const float* hessian, int64_t si
                   int threads) {
   Factorization factorization(kernels, size, std::max(threads, 1));
   factorization.read(hessian, shift);
-  if (!factorization.factorize()) return false;
-  factorization.invert(upper);
-  return true;
+  return factorization.factorize() && factorization.invert(upper);
 }
 
 }  // namespace bitwright

@@ -82,6 +82,8 @@ BITWRIGHT_INLINE void update_strip(const float* errors, int64_t width, const flo
                                    float* later) {
   for (int64_t first = 0; first < columns; first += kPanelStep) {
     Vector sums[kPanelStep][kVectors] = {};
+    // They come from far away, and are wanted only after the sums.
+    for (int64_t c = 0; c < kPanelStep; ++c) __builtin_prefetch(later + (first + c) * kStripRows, 1);
     for (int64_t k = 0; k < width; ++k) {
       Vector error[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) load(errors + k * kStripRows + 8 * v, error[v]);

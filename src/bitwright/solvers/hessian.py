@@ -64,9 +64,8 @@ def factorize(hessian: Tensor, damping: float, importance: Importance, threads: 
 def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None) -> Tensor | None:
     """U of inverse(H + shift I) = U^T U, fp32, or None where the factorization fails or is not finite."""
     if dtype == torch.float32 and native.available(hessian):
-        upper = native.upper_factor(hessian, shift, threads)
-    else:
-        upper = upper_factor_reference(hessian, shift, dtype)
+        return native.upper_factor(hessian, shift, threads)
+    upper = upper_factor_reference(hessian, shift, dtype)
     return upper if upper is not None and bool(torch.isfinite(upper).all()) else None
 
 

@@ -35,7 +35,7 @@ def available(*tensors: Tensor) -> bool:
 def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
     """fp32 [columns, columns], symmetric -> U, upper triangular, inverse(H + shift I) = U^T U.
 
-    None where H + shift I has no Cholesky factor in fp32. The result does not depend on `threads`.
+    None where H + shift I has no finite factor in fp32. The result does not depend on `threads`.
     """
     size = hessian.shape[0]
     if hessian.shape != (size, size):
