@@ -16,6 +16,9 @@
 #include "plane_linear.h"
 #include "plane_pack.h"
 #include "read.h"
+#include "solver/factor.h"
+#include "solver/feedback.h"
+#include "solver/levels.h"
 
 namespace nb = nanobind;
 using namespace bitwright;
@@ -141,5 +144,42 @@ NB_MODULE(_native, m) {
     out.outliers.outlier_shift = at<int32_t>(outlier_shift);
     quantize_planes(planes(), at<const float>(x), Geometry{0, columns, outliers, group},
                     PlaneQuantizer{at<const int32_t>(order), cut, static_cast<Balance>(balance)}, out);
+  });
+  m.def("solve_rows", [](uintptr_t weights, uintptr_t upper, uintptr_t importance, uintptr_t dead, int64_t rows,
+                         int64_t columns, int64_t outliers, int64_t group, int levels, int feedback, int bits,
+                         int iterations, bool feedback_outliers, uintptr_t planes, uintptr_t scales,
+                         uintptr_t level_codes, uintptr_t zeros, uintptr_t outlier_codes, uintptr_t outlier_scales,
+                         int threads) {
+    const SolverKernels& solver = solver_kernels(kernels().name);
+    nb::gil_scoped_release free;
+    solve_rows(solver,
+               SolveInputs{at<const float>(weights), at<const float>(upper), at<const float>(importance),
+                           at<const uint8_t>(dead), rows, columns, outliers, group},
+               SolveOptions{static_cast<LevelSearch>(levels), static_cast<Feedback>(feedback), bits, iterations,
+                            feedback_outliers},
+               SolveOutputs{at<uint8_t>(planes), at<uint16_t>(scales), at<int8_t>(level_codes), at<uint8_t>(zeros),
+                            at<int8_t>(outlier_codes), at<uint16_t>(outlier_scales)},
+               threads);
+  });
+  m.def("real_levels", [](uintptr_t block, uintptr_t importance, int64_t rows, int64_t width, int search, int bits,
+                          int iterations, uintptr_t levels) {
+    nb::gil_scoped_release free;
+    LevelFinder finder(static_cast<LevelSearch>(search), bits, iterations);
+    finder.importance(at<const float>(importance), width);
+    for (int64_t row = 0; row < rows; ++row) {
+      finder.real_levels(at<const float>(block) + row * width, at<float>(levels) + (row << bits));
+    }
+  });
+  m.def("snap", [](uintptr_t levels, int64_t rows, int count, uintptr_t integers, uintptr_t scales) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const GridRow grid = snap(at<const float>(levels) + row * count, count);
+      for (int i = 0; i < count; ++i) at<int8_t>(integers)[row * count + i] = grid.integers[i];
+      at<uint16_t>(scales)[row] = grid.scale;
+    }
+  });
+  m.def("upper_factor", [](uintptr_t hessian, int64_t size, float shift, uintptr_t upper, int threads) {
+    const SolverKernels& solver = solver_kernels(kernels().name);
+    nb::gil_scoped_release free;
+    return upper_factor(solver, at<const float>(hessian), size, shift, at<float>(upper), threads);
   });
 }

@@ -25,7 +25,7 @@ from bitwright.models.passes import run_block
 from bitwright.pipeline.plan import LayerPlan
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights
-from bitwright.solvers import SOLVERS, Factor, factorize, join_rows, output_error
+from bitwright.solvers import SOLVERS, Factor, factorize, join_rows, native, output_error
 from bitwright.transforms import channel_order
 from bitwright.workers import Workers
 
@@ -160,15 +160,27 @@ def quantize_inputs(
             block.get_submodule(linear.name).register_forward_pre_hook(hook)
 
 
+def factorize_sites(job: BlockJob, hessians: dict[str, Tensor]) -> dict[str, Factor]:
+    """Factors by site: one after the other on all threads in native code, else one site a thread."""
+    recipe = job.recipe.weights
+
+    def prepare(site: SiteInfo, threads: int | None = None) -> Factor:
+        return factorize(hessians[site.name], recipe.damping, recipe.importance, threads)
+
+    if all(native.available(hessian) for hessian in hessians.values()):
+        with torch.inference_mode():
+            factors = [prepare(site, job.workers.threads) for site in job.sites]
+    else:
+        factors = job.workers.map(prepare, job.sites)
+    return dict(zip([site.name for site in job.sites], factors, strict=True))
+
+
 def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
     """Step 3: quantized modules by their name in the block, and a log entry for each."""
     solver = SOLVERS[job.recipe.weights.method]
     weights_recipe = job.recipe.weights
 
-    def prepare(site: SiteInfo) -> Factor:
-        return factorize(hessians[site.name], weights_recipe.damping, weights_recipe.importance)
-
-    factors = dict(zip([site.name for site in job.sites], job.workers.map(prepare, job.sites), strict=True))
+    factors = factorize_sites(job, hessians)
     tasks = [
         (site, linear, row) for site in job.sites for linear in site.linears for row in range(0, linear.rows, ROW_CHUNK)
     ]

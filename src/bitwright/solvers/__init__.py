@@ -9,6 +9,7 @@ from torch import Tensor
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers import bwa, rtn
+from bitwright.solvers import native as native
 from bitwright.solvers.feedback import join_rows as join_rows
 from bitwright.solvers.hessian import Factor as Factor
 from bitwright.solvers.hessian import factorize as factorize

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitwright.codebook import CodebookMatrix, Kind, code_of_rank
 from bitwright.packing import pack_planes
 from bitwright.recipe import WeightRecipe
+from bitwright.solvers import native
 from bitwright.solvers.hessian import Factor
 from bitwright.solvers.levels import (
     FP16_MAX,
@@ -71,8 +72,16 @@ def _assign_by_column(block: Tensor, values: Tensor, upper: Tensor) -> tuple[Ten
 def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
     """Quantize rows fp32 [rows, columns] in site order; rows do not influence each other.
 
-    Returns the CodebookMatrix without a permutation. `weights` is not changed.
+    Returns the CodebookMatrix without a permutation. `weights` is not changed. The native kernels do it where they are
+    there and the tensors are what they read (solvers/native.py); `solve_rows_reference` does it anywhere.
     """
+    if native.available(weights, factor.upper, factor.importance):
+        return native.solve_rows(weights, factor, outliers, recipe)
+    return solve_rows_reference(weights, factor, outliers, recipe)
+
+
+def solve_rows_reference(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
+    """`solve_rows` in torch, for any dtype: the oracle of the native code."""
     work = weights.clone()
     work[:, factor.dead] = 0.0
     columns = work.shape[1]

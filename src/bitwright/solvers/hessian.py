@@ -8,8 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitwright.solvers import native
+
 Importance = Literal["none", "hessian", "inverse", "conditional"]
 DAMPING_STEPS = 4
+# Columns that output_error multiplies together.
+SUM_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,12 @@ class Factor:
     rescue: str | None
 
 
-def factorize(hessian: Tensor, damping: float, importance: Importance) -> Factor:
+def factorize(hessian: Tensor, damping: float, importance: Importance, threads: int | None = None) -> Factor:
     """H fp32 [columns, columns], symmetric, in site order -> its Factor.
 
     Dead inputs (H_ii = 0) get H_ii = 1. Tried in turn: fp32, fp64, damping times 10 up to four times, and at last the
-    diagonal alone, which makes feedback vanish but never fails.
+    diagonal alone, which makes feedback vanish but never fails. `threads` (torch's number unless said) is for the
+    native code, whose result does not depend on it.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -44,7 +49,7 @@ def factorize(hessian: Tensor, damping: float, importance: Importance) -> Factor
     share = damping
     for step in range(DAMPING_STEPS):
         for dtype in (torch.float32, torch.float64):
-            upper = _upper_factor(alive, share * mean, dtype)
+            upper = _upper_factor(alive, share * mean, dtype, threads)
             if upper is not None:
                 words = [f"damping raised from {damping:g} to {share:g}"] if step else []
                 words += ["factorized in float64"] if dtype == torch.float64 else []
@@ -56,19 +61,28 @@ def factorize(hessian: Tensor, damping: float, importance: Importance) -> Factor
     return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only")
 
 
-def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
-    """U of inverse(H + shift I) = U^T U, or None where the Cholesky factorization fails or is not finite."""
+def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None) -> Tensor | None:
+    """U of inverse(H + shift I) = U^T U, fp32, or None where the factorization fails or is not finite."""
+    if dtype == torch.float32 and native.available(hessian):
+        return native.upper_factor(hessian, shift, threads)
+    upper = upper_factor_reference(hessian, shift, dtype)
+    return upper if upper is not None and bool(torch.isfinite(upper).all()) else None
+
+
+def upper_factor_reference(hessian: Tensor, shift: float, dtype: torch.dtype) -> Tensor | None:
+    """U of inverse(H + shift I) = U^T U, computed in `dtype`, fp32; None where the factorization fails.
+
+    With J the reversal of the channels, J (H + shift I) J = L L^T gives U = J L^-1 J: one Cholesky factorization and
+    one triangular inverse, where the inverse Hessian and its factor would cost more and lose accuracy.
+    """
     damped = hessian.to(dtype, copy=True)
     damped.diagonal().add_(shift)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    del damped
     if int(failed):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower, damped
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(failed) or not bool(torch.isfinite(upper).all()):
-        return None
-    return upper.float()
+    identity = torch.eye(lower.shape[0], dtype=dtype)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
 
 
 def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) -> Tensor:
@@ -87,7 +101,15 @@ def output_error(original: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[
 
     original, quantized: fp32 [rows, columns] in site order. The first over the second is the relative output error.
     """
-    difference = original - quantized
-    lost = ((difference @ hessian) * difference).double().sum()
-    total = ((original @ hessian) * original).double().sum()
-    return float(lost), float(total)
+    return _quadratic(original - quantized, hessian), _quadratic(original, hessian)
+
+
+def _quadratic(rows: Tensor, hessian: Tensor) -> float:
+    """Sum of r^T H r over the rows r; of the symmetric H only the blocks on and above the diagonal are multiplied."""
+    total = 0.0
+    for start in range(0, rows.shape[1], SUM_BLOCK):
+        stop = min(start + SUM_BLOCK, rows.shape[1])
+        product = rows[:, start:stop] @ hessian[start:stop, start:]
+        product[:, stop - start :] *= 2.0
+        total += float((product * rows[:, start:]).double().sum())
+    return total

@@ -1,0 +1,129 @@
+"""How long a layer takes from its Hessian to its codes: the factor, and the block loop, native and in torch.
+
+Random weights, a Hessian of correlated inputs. Prints a table, and JSON with --json. `gap` is the output error by the
+native code over that by torch, less 1.
+
+    python bench/solver.py --columns 11008 --threads 2 --recipe em+block-diag --recipe dp+column
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.recipe import WeightRecipe
+from bitwright.runtime.native import find
+from bitwright.solvers import Factor, factorize, hessian, native, output_error
+from bitwright.solvers.feedback import solve_rows_reference
+from bitwright.workers import Workers
+
+DAMPING = 0.01
+CHUNK = 256  # rows that the pipeline gives to a worker
+
+
+def correlated_hessian(columns: int, generator: torch.Generator) -> Tensor:
+    """fp32 [columns, columns]: a spectrum with a few strong directions above a floor, channels of unequal energy."""
+    rank = max(1, columns // 16)
+    mixing = torch.randn(rank, columns, generator=generator) * torch.linspace(0.3, 2.0, columns)
+    total = mixing.T @ mixing / rank
+    total.diagonal().add_(torch.linspace(0.3, 2.0, columns).square() * 0.2)
+    return total
+
+
+def seconds(work: Any, repeat: int) -> tuple[float, Any]:
+    """The best time of `repeat` runs and what the last one gave."""
+    best, result = float("inf"), None
+    for _ in range(repeat):
+        result = None
+        began = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def solve_in_torch(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe, threads: int) -> Tensor:
+    """As the pipeline does it: chunks of rows on worker threads. Returns the dequantized weights."""
+    with Workers(threads) as workers:
+        parts = workers.map(
+            lambda row: solve_rows_reference(weights[row : row + CHUNK], factor, outliers, recipe),
+            range(0, weights.shape[0], CHUNK),
+        )
+    return torch.cat([part.dequantize_site_order() for part in parts])
+
+
+def factor_in_torch(total: Tensor, shift: float) -> None:
+    """The factor without the native code, on one thread, as one worker does it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    hessian.upper_factor_reference(total, shift, torch.float32)
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--outliers", type=int, default=128)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--recipe", action="append", help="levels+feedback, may be repeated")
+    parser.add_argument("--torch-rows", type=int, default=0, help="rows to solve in torch too, scaled up; 0: none")
+    parser.add_argument("--torch-factor", action="store_true", help="time the factor in torch too")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if find() is None:
+        parser.error("built without native kernels")
+
+    generator = torch.Generator().manual_seed(0)
+    total = correlated_hessian(options.columns, generator)
+    weights = torch.randn(options.rows, options.columns, generator=generator) * 0.02
+    results: list[dict[str, Any]] = []
+
+    def note(what: str, native_seconds: float, torch_seconds: float | None = None, gap: float | None = None) -> None:
+        results.append({"what": what, "native": native_seconds, "torch": torch_seconds, "gap": gap})
+        if not options.json:
+            there = f"{torch_seconds:10.3f}" if torch_seconds is not None else " " * 10
+            print(f"{what:<24}{native_seconds:10.3f}{there}" + (f"{gap:12.1e}" if gap is not None else ""), flush=True)
+
+    if not options.json:
+        print(f"{options.rows} x {options.columns}, {options.threads} threads, seconds")
+        print(f"{'':<24}{'native':>10}{'torch':>10}{'gap':>12}")
+    taken, factor = seconds(lambda: factorize(total, DAMPING, "conditional", options.threads), options.repeat)
+    reference = None
+    if options.torch_factor:
+        shift = DAMPING * float(total.diagonal().mean())
+        reference, _ = seconds(lambda: factor_in_torch(total, shift), options.repeat)
+    note("factor", taken, reference)
+    for name in options.recipe or ["em+block-diag", "dp+column"]:
+        levels, _, feedback = name.partition("+")
+        recipe = WeightRecipe(group=options.group, bits=options.bits, levels=levels, feedback=feedback)
+        taken, matrix = seconds(
+            lambda recipe=recipe: native.solve_rows(weights, factor, options.outliers, recipe, options.threads),
+            options.repeat,
+        )
+        there = gap = None
+        if options.torch_rows:
+            some = weights[: options.torch_rows]
+            there, expected = seconds(
+                lambda recipe=recipe, some=some: solve_in_torch(
+                    some, factor, options.outliers, recipe, options.threads
+                ),
+                1,
+            )
+            there *= options.rows / len(some)
+            found = matrix.dequantize_site_order()[: len(some)]
+            gap = output_error(some, found, total)[0] / output_error(some, expected, total)[0] - 1
+        note(name, taken, there, gap)
+    if options.json:
+        print(json.dumps({"options": vars(options), "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The block loop and the level searches in native code (csrc/solver/), on checked addresses and sizes.
+
+Level searches, snapping, codes and the feedback inside a block do the torch code's float operations in its order and
+give its bits. The update of the later columns may sum in another order than torch's matrix product: one sum a weight,
+over the block's columns from left to right, whatever number of rows and threads there is. So a weight within rounding
+of the middle of two levels may get the other code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitwright.codebook import CodebookMatrix, Kind, matrix_shapes
+from bitwright.recipe import WeightRecipe
+from bitwright.runtime.native import native
+
+if TYPE_CHECKING:
+    from bitwright.solvers.hessian import Factor
+
+# By their numbers in csrc/solver/levels.h and kernels.h.
+SEARCHES = ("em", "dp", "minmax", "uniform")
+FEEDBACK = ("none", "block-diag", "block-tri", "column")
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether the native code is there and can read these: fp32 on the CPU."""
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    return native() is not None
+
+
+def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
+    """fp32 [columns, columns], symmetric -> U, upper triangular, inverse(H + shift I) = U^T U.
+
+    None where H + shift I has no finite factor in fp32. The result does not depend on `threads`.
+    """
+    size = hessian.shape[0]
+    if hessian.shape != (size, size):
+        raise ValueError(f"a Hessian is square; found {list(hessian.shape)}")
+    hessian = hessian.contiguous()
+    upper = torch.empty_like(hessian)
+    count = threads or torch.get_num_threads()
+    return upper if native().upper_factor(hessian.data_ptr(), size, shift, upper.data_ptr(), count) else None
+
+
+def solve_rows(
+    weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe, threads: int | None = None
+) -> CodebookMatrix:
+    """As `feedback.solve_rows`; fp32 on the CPU. Raises ValueError for shapes that do not go together."""
+    rows, columns = weights.shape
+    if factor.upper.shape != (columns, columns) or factor.importance.shape != (columns,):
+        raise ValueError(
+            f"weights with {columns} columns need a factor [{columns}, {columns}] and as many importances;"
+            f" found {list(factor.upper.shape)} and {list(factor.importance.shape)}"
+        )
+    if factor.dead.shape != (columns,) or factor.dead.dtype != torch.bool or not 0 <= outliers < columns:
+        raise ValueError(f"of {columns} columns, {list(factor.dead.shape)} dead and {outliers} outliers make no sense")
+    weights, upper, importance, dead = (
+        tensor.contiguous() for tensor in (weights.detach(), factor.upper, factor.importance, factor.dead)
+    )
+    kind: Kind = "uniform" if recipe.levels == "uniform" else "free"
+    shapes = matrix_shapes(rows, columns, recipe.bits, recipe.group, kind, outliers)
+    parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+
+    def address(name: str) -> int:
+        return parts[name].data_ptr() if name in parts else 0
+
+    native().solve_rows(
+        weights.data_ptr(),
+        upper.data_ptr(),
+        importance.data_ptr(),
+        dead.data_ptr(),
+        rows,
+        columns,
+        outliers,
+        recipe.group,
+        SEARCHES.index(recipe.levels),
+        FEEDBACK.index(recipe.feedback),
+        recipe.bits,
+        recipe.em_iterations,
+        recipe.feedback_outliers,
+        *(address(name) for name in ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")),
+        threads or torch.get_num_threads(),
+    )
+    return CodebookMatrix(
+        rows=rows,
+        columns=columns,
+        bits=recipe.bits,
+        group=recipe.group,
+        kind=kind,
+        planes=parts["codes"],
+        scales=parts["scales"],
+        levels=parts.get("levels"),
+        zeros=parts.get("zeros"),
+        outliers=parts.get("outliers"),
+        outlier_scales=parts.get("outlier_scales"),
+    )
+
+
+def real_levels(module: Any, search: str, block: Tensor, importance: Tensor, bits: int, iterations: int = 20) -> Tensor:
+    """`em_levels`, `dp_levels` or `minmax_levels` by the native code, fp32 [rows, 2**bits] ascending; for the tests."""
+    block, importance = block.float().contiguous(), importance.float().contiguous()
+    rows, width = block.shape
+    if importance.shape != (width,):
+        raise ValueError(f"a block of {width} columns needs as many importances; found {list(importance.shape)}")
+    levels = torch.empty(rows, 2**bits)
+    number = SEARCHES.index(search)
+    addresses = (block.data_ptr(), importance.data_ptr())
+    module.real_levels(*addresses, rows, width, number, bits, iterations, levels.data_ptr())
+    return levels
+
+
+def snap(module: Any, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """`levels.snap` by the native code: int8 [rows, k] and fp16 [rows]; k at most 16; for the tests."""
+    levels = levels.float().contiguous()
+    rows, count = levels.shape
+    if count > 16:
+        raise ValueError(f"at most 16 levels; found {count}")
+    integers, scales = torch.empty(rows, count, dtype=torch.int8), torch.empty(rows, dtype=torch.float16)
+    module.snap(levels.data_ptr(), rows, count, integers.data_ptr(), scales.data_ptr())
+    return integers, scales
