@@ -97,8 +97,8 @@ def test_casting_keeps_what_is_stored(how: str, dtype: torch.dtype, artifact: Ca
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     stored = support.read_tensors(directory)
     for name, module in quantized_linears(model):
-        assert module.scales.dtype == torch.float16
-        assert module.outlier_scales.dtype == torch.float16
+        assert module.stored()["scales"].dtype == torch.float16
+        assert module.stored()["outlier_scales"].dtype == torch.float16
         for part, tensor in module.state_dict().items():
             if part not in ("bias", "weight"):
                 assert torch.equal(tensor, support.as_tensor(stored[f"{name}.{part}"])), f"{name}.{part}"
