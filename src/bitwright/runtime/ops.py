@@ -6,6 +6,8 @@ are torch code on the same packed bytes, for machines without a compiler and as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,19 +70,35 @@ def _site_linear(
     if module is None:
         recipe = ActivationRecipe(bits=4, balance="none", clip=clip)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
+    return run_site(module.site_linear, x, packed, order, bias, geometry, clip, 4)
+
+
+def run_site(
+    function: Callable[..., None],
+    x: Tensor,
+    packed: Tensor,
+    order: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    clip: float,
+    setting: int,
+) -> Tensor:
+    """Call the native product of either kind of tiles on checked tensors; `setting` is its bits or its balance."""
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    module.site_linear(
+    order = None if order is None else order.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((*x.shape[:-1], geometry.rows), dtype=torch.float32)
+    function(
         x.data_ptr(),
         x.numel() // geometry.columns,
         packed.data_ptr(),
-        rows,
+        geometry.rows,
         geometry.columns,
-        outliers,
-        group,
+        geometry.outliers,
+        geometry.group,
         0 if order is None else order.data_ptr(),
         cut(clip),
-        4,
+        setting,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),

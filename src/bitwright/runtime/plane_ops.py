@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime.native import native
-from bitwright.runtime.ops import check, cut, site_reference
+from bitwright.runtime.ops import check, run_site, site_reference
 from bitwright.runtime.planes import PlaneGeometry, unpack
 
 BALANCES: tuple[str, ...] = get_args(ActivationRecipe.model_fields["balance"].annotation)
@@ -57,26 +57,7 @@ def _site_planes(
     if module is None:
         recipe = ActivationRecipe(bits=4, balance=cast(Any, balance), clip=clip)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
-    x = x.contiguous()
-    order = None if order is None else order.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    module.site_planes(
-        x.data_ptr(),
-        x.numel() // geometry.columns,
-        packed.data_ptr(),
-        rows,
-        geometry.columns,
-        outliers,
-        group,
-        0 if order is None else order.data_ptr(),
-        cut(clip),
-        _NATIVE.index(balance),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
+    return run_site(module.site_planes, x, packed, order, bias, geometry, clip, _NATIVE.index(balance))
 
 
 _library.impl("site_planes", _site_planes, "CPU")
