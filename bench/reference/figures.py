@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import bitwright
 from bitwright.calibration import read_text
+from bitwright.evaluation.perplexity import evaluate_model
 
 HEADING = "## Figures"
 PROMPT = "The history of the city begins in the"
@@ -33,13 +33,11 @@ def plain_loop(model: Any, tokenizer: Any, text: str) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def measure(directory: Path, texts: list[Path]) -> list[dict[str, Any]]:
+def measure(model: Any, tokenizer: Any, texts: list[Path]) -> list[dict[str, Any]]:
     """Both perplexities of every text."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = []
     for path in texts:
-        found = bitwright.evaluate(directory, read_text([path]))
+        found = evaluate_model(model, tokenizer, read_text([path]))
         plain = plain_loop(model, tokenizer, path.read_text(encoding="utf-8"))
         rows.append({**found.to_dict(), "plain_loop": plain})
         print(
@@ -49,10 +47,8 @@ def measure(directory: Path, texts: list[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def sample(directory: Path) -> str:
+def sample(model: Any, tokenizer: Any) -> str:
     """Fifty tokens after a prompt, drawn with seed 0."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     torch.manual_seed(0)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=50, min_new_tokens=50, do_sample=True, temperature=0.7, top_p=0.9)
@@ -89,11 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print(f"error: no file {', '.join(missing)}", file=sys.stderr)
         return 2
-    rows = measure(args.model, args.text)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = measure(model, tokenizer, args.text)
     (args.model / "figures.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     card = args.model / "README.md"
     kept = card.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
-    card.write_text(f"{kept}\n\n{section(rows, sample(args.model))}", encoding="utf-8")
+    card.write_text(f"{kept}\n\n{section(rows, sample(model, tokenizer))}", encoding="utf-8")
     worst = max(abs(row["perplexity"] / row["plain_loop"] - 1) for row in rows)
     print(f"largest relative difference from the plain loop: {worst:.1e}")
     return 0 if worst <= 1e-3 else 1
