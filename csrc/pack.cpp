@@ -29,11 +29,6 @@ Place find(const uint8_t* packed, const TileLayout& layout, int64_t row) {
   return {packed + row / kTileRows * layout.bytes, row % kTileRows};
 }
 
-uint8_t code_at(const uint8_t* group, int64_t row, int64_t channel) {
-  const uint8_t byte = group[TileLayout::kCodes + channel / kStep * 128 + row * 4 + channel % 4];
-  return (byte >> (channel % kStep / 4 * 2)) & 3;
-}
-
 }  // namespace
 
 int64_t packed_bytes(const Geometry& g) { return g.tiles() * TileLayout(g).bytes; }
@@ -45,7 +40,7 @@ void pack(const Neutral& from, const Geometry& g, uint8_t* packed, int threads) 
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < g.rows; ++row) {
     uint8_t* tile = packed + row / kTileRows * layout.bytes;
-    const int64_t place = row % kTileRows;
+    const int64_t place = row % kTileRows, slot = slot_of(place);
     const uint8_t* low = from.codes + row * plane_bytes;
     const uint8_t* high = from.codes + (g.rows + row) * plane_bytes;
     for (int64_t index = 0; index < groups; ++index) {
@@ -53,15 +48,15 @@ void pack(const Neutral& from, const Geometry& g, uint8_t* packed, int threads) 
       for (int code = 0; code < 4; ++code) {
         const int level = from.levels ? from.levels[(row * groups + index) * 4 + code]
                                       : code - static_cast<int>(from.zeros[row * groups + index]);
-        group[TileLayout::kLevels + place * 4 + code] = static_cast<uint8_t>(level + 128);
+        group[TileLayout::kLevels + slot * 4 + code] = static_cast<uint8_t>(level + 128);
       }
       std::memcpy(group + TileLayout::kScales + place * 2, from.scales + row * groups + index, 2);
       const int64_t first = index * g.group, channels = g.channels(index);
+      uint8_t* lines = group + TileLayout::kCodes + slot / 4 * g.width() + slot % 4 * 16;
       for (int64_t channel = 0; channel < channels; ++channel) {
         const int64_t i = first + channel;
         const int code = ((low[i / 8] >> (i % 8)) & 1) | (((high[i / 8] >> (i % 8)) & 1) << 1);
-        group[TileLayout::kCodes + channel / kStep * 128 + place * 4 + channel % 4] |=
-            static_cast<uint8_t>(code << (channel % kStep / 4 * 2));
+        lines[channel / kStep * 64 + channel % 16] |= static_cast<uint8_t>(code << (channel % kStep / 16 * 2));
       }
     }
     for (int64_t channel = 0; channel < g.outliers; ++channel) {
@@ -85,8 +80,9 @@ void unpack(const uint8_t* packed, const Geometry& g, int64_t first, int64_t las
       uint16_t half;
       std::memcpy(&half, group + TileLayout::kScales + place.row * 2, 2);
       const float scale = half_to_float(half);
+      const uint8_t* levels = levels_of(group, place.row);
       for (int64_t channel = 0; channel < g.channels(index); ++channel) {
-        const int level = group[TileLayout::kLevels + place.row * 4 + code_at(group, place.row, channel)] - 128;
+        const int level = levels[code_at(group, g, place.row, channel)] - 128;
         *out++ = static_cast<float>(level) * scale;
       }
     }

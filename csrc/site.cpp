@@ -23,14 +23,11 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
-int32_t level_sum(const uint8_t* group, int64_t row, int64_t channels) {
-  const uint8_t* levels = group + TileLayout::kLevels + row * 4;
-  const uint8_t* codes = group + TileLayout::kCodes + row * 4;
+int32_t level_sum(const uint8_t* group, const Geometry& g, int64_t row, int64_t index) {
+  const uint8_t* levels = levels_of(group, row);
+  const int64_t channels = g.channels(index);
   int32_t sum = 0;
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    const uint8_t byte = codes[channel / kStep * 128 + channel % 4];
-    sum += levels[(byte >> (channel % kStep / 4 * 2)) & 3];
-  }
+  for (int64_t channel = 0; channel < channels; ++channel) sum += levels[code_at(group, g, row, channel)];
   return sum - 128 * static_cast<int32_t>(channels);
 }
 

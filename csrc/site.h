@@ -13,7 +13,7 @@
 namespace bitwright {
 
 constexpr int64_t kTileRows = 32;  // rows that are worked on together; the last tile is filled up with zero rows
-constexpr int64_t kStep = 16;      // channels of a row in one 64-byte line of codes
+constexpr int64_t kStep = 64;      // channels of a row whose codes share 16 bytes
 
 template <typename T>
 BITWRIGHT_INLINE T smaller(T a, T b) { return a < b ? a : b; }
@@ -35,13 +35,18 @@ struct Geometry {
   BITWRIGHT_INLINE int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// Offsets in bytes inside one tile of packed weights: for each group levels, scales, codes; then the outliers.
+// Rows of a tile stand in slots: 4 x 4 transposed inside each sixteen. Vectors that hold slots 0 to 3, 4 to 7, ... then
+// reduce to sums in row order by additions inside lanes alone.
+BITWRIGHT_INLINE int64_t slot_of(int64_t row) { return (row & 16) | (row & 3) << 2 | ((row >> 2) & 3); }
+
+// Offsets in bytes inside one tile of packed weights: for each group levels, scales, codes; then the outliers. Levels
+// stand by slot, codes in lines of four slots and 64 channels, all lines of the same slots one after the other.
 struct TileLayout {
   static constexpr int64_t kLevels = 0, kScales = 128, kCodes = 192;
   int64_t group_bytes, outliers_at, outlier_scales_at, bytes;
 
   BITWRIGHT_INLINE explicit TileLayout(const Geometry& g)
-      : group_bytes(kCodes + g.width() / kStep * 128),
+      : group_bytes(kCodes + g.width() / kStep * kTileRows * 16),
         outliers_at(g.groups() * group_bytes),
         outlier_scales_at(outliers_at + g.outlier_width() / 4 * 128),
         bytes(outlier_scales_at + kTileRows * 4) {}
@@ -85,11 +90,30 @@ struct Kernels {
 // Tokens that are worked on together while a group of weights lies decoded in the cache.
 constexpr int64_t kTokenBlock = 96;
 
-// Bytes of scratch that a thread of the product needs: one group of decoded weights, integer and float sums of a tile.
-BITWRIGHT_INLINE int64_t product_scratch(const Geometry& g) { return kTileRows * g.width() + kTokenBlock * kTileRows * 8; }
+// Tokens that meet each group of weights in registers, where there are too few to decode it into the cache.
+constexpr int64_t kFewTokens = 4;
 
-// Sum of a row's levels over the true channels of a group: needed only where `rest` is not 0.
-int32_t level_sum(const uint8_t* group, int64_t row, int64_t channels);
+// Bytes of scratch that a thread of the product needs: one group of decoded weights, integer and float sums of a tile,
+// its outliers in 16 bits; or the inputs of few tokens, every 16 bytes twice.
+BITWRIGHT_INLINE int64_t product_scratch(const Geometry& g) {
+  const int64_t many = kTileRows * g.width() + kTokenBlock * kTileRows * 8 + g.outlier_width() * (kTileRows + 1) * 2;
+  const int64_t few = kFewTokens * g.groups() * g.width() * 2;
+  return round_up(many > few ? many : few, 64);
+}
+
+// A weight's code. The byte of channel c holds those of c, c + 16, c + 32 and c + 48 of its 64 channels.
+BITWRIGHT_INLINE int code_at(const uint8_t* group, const Geometry& g, int64_t row, int64_t channel) {
+  const int64_t slot = slot_of(row), line = slot / 4 * (g.width() / kStep) + channel / kStep;
+  return (group[TileLayout::kCodes + line * 64 + slot % 4 * 16 + channel % 16] >> (channel % kStep / 16 * 2)) & 3;
+}
+
+// A row's four levels in a group, 128 added to each.
+BITWRIGHT_INLINE const uint8_t* levels_of(const uint8_t* group, int64_t row) {
+  return group + TileLayout::kLevels + slot_of(row) * 4;
+}
+
+// Sum of a row's levels over the true channels of group `index`: needed only where `rest` is not 0.
+int32_t level_sum(const uint8_t* group, const Geometry& g, int64_t row, int64_t index);
 
 float half_to_float(uint16_t half);
 

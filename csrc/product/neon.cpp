@@ -16,23 +16,36 @@ inline int8x16_t broadcast(const int8_t* p) {
   return vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const int32_t*>(p)));
 }
 
-inline uint8x16_t per_row(uint8_t a, uint8_t b, uint8_t c, uint8_t d) {
-  const uint8_t bytes[16] = {a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d};
-  return vld1q_u8(bytes);
-}
+// A nibble holds two codes, so a table of sixteen bytes says the level of either: one table for the lower code, one for
+// the upper.
+struct Tables {
+  int8x16_t lower, upper;
 
-struct Decoded {
-  int8x16_t w[4];  // channels 0-3, 4-7, 8-11, 12-15 of four rows
+  explicit Tables(const uint8_t* levels) {  // of one slot
+    const uint8_t low[16] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    const uint8_t high[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const uint8x16_t four = vreinterpretq_u8_u32(vld1q_dup_u32(reinterpret_cast<const uint32_t*>(levels)));
+    const int8x16_t table = vreinterpretq_s8_u8(veorq_u8(four, vdupq_n_u8(128)));
+    lower = vqtbl1q_s8(table, vld1q_u8(low));
+    upper = vqtbl1q_s8(table, vld1q_u8(high));
+  }
 };
 
-inline Decoded decode(uint8x16_t codes, int8x16_t table) {
-  const uint8x16_t mask = vdupq_n_u8(3), rows = per_row(0, 4, 8, 12);
-  Decoded d;
-  d.w[0] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(codes, mask), rows));
-  d.w[1] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshrq_n_u8(codes, 2), mask), rows));
-  d.w[2] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshrq_n_u8(codes, 4), mask), rows));
-  d.w[3] = vqtbl1q_s8(table, vorrq_u8(vshrq_n_u8(codes, 6), rows));
-  return d;
+struct Weights {
+  int8x16_t w[4];  // channels 0-15, 16-31, 32-47, 48-63 of one slot
+
+  Weights(uint8x16_t codes, const Tables& t) {
+    const uint8x16_t low = vandq_u8(codes, vdupq_n_u8(15)), high = vshrq_n_u8(codes, 4);
+    w[0] = vqtbl1q_s8(t.lower, low);
+    w[1] = vqtbl1q_s8(t.upper, low);
+    w[2] = vqtbl1q_s8(t.lower, high);
+    w[3] = vqtbl1q_s8(t.upper, high);
+  }
+};
+
+// Where a group has the codes of row 4 * r + i, from channel 64 * line on.
+inline const uint8_t* codes_of(const uint8_t* group, int64_t lines, int64_t r, int64_t i, int64_t line) {
+  return group + TileLayout::kCodes + ((r / 4 * 4 + i) * lines + line) * 64 + r % 4 * 16;
 }
 
 inline int8x16_t signed_bytes(const uint8_t* p) {
@@ -43,13 +56,13 @@ inline float32x4_t halves(const uint8_t* p) {
   return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 }
 
-inline float32x4_t add_group(float32x4_t f, int32x4_t sum, const uint8_t* group, int64_t r, int64_t channels,
-                             float step, float rest) {
+inline float32x4_t add_group(float32x4_t f, int32x4_t sum, const uint8_t* group, const Geometry& g, int64_t r,
+                             int64_t index, float step, float rest) {
   const float32x4_t factor = vmulq_f32(halves(group + TileLayout::kScales + r * 8), vdupq_n_f32(step));
   f = vfmaq_f32(f, vcvtq_f32_s32(sum), factor);
   if (rest != 0.0f) {
     int32_t levels[4];
-    for (int64_t i = 0; i < 4; ++i) levels[i] = level_sum(group, r * 4 + i, channels);
+    for (int64_t i = 0; i < 4; ++i) levels[i] = level_sum(group, g, r * 4 + i, index);
     f = vfmaq_f32(f, vcvtq_f32_s32(vld1q_s32(levels)), vmulq_f32(factor, vdupq_n_f32(rest)));
   }
   return f;
@@ -78,24 +91,29 @@ inline void finish(float32x4_t f, const uint8_t* tile, const TileLayout& layout,
 
 void one_token(const uint8_t* tile, const TileLayout& layout, const Geometry& g, const Activations& a,
                const float* bias, float* y, int64_t rows) {
-  const int64_t width = g.width();
+  const int64_t width = g.width(), lines = width / kStep;
   float32x4_t f[kQuarters];
   for (int64_t r = 0; r < kQuarters; ++r) f[r] = vdupq_n_f32(0.0f);
   for (int64_t index = 0; index < g.groups(); ++index) {
     const uint8_t* group = tile + index * layout.group_bytes;
     const int8_t* x = a.codes + index * width;
     for (int64_t r = 0; r < kQuarters; ++r) {
-      const int8x16_t table = signed_bytes(group + r * 16);
-      const uint8_t* codes = group + TileLayout::kCodes + r * 16;
-      int32x4_t sum = vdupq_n_s32(0), more = sum;
-      for (int64_t step = 0; step < width; step += kStep) {
-        const Decoded d = decode(vld1q_u8(codes + step * 8), table);
-        sum = vdotq_s32(sum, d.w[0], broadcast(x + step));
-        more = vdotq_s32(more, d.w[1], broadcast(x + step + 4));
-        sum = vdotq_s32(sum, d.w[2], broadcast(x + step + 8));
-        more = vdotq_s32(more, d.w[3], broadcast(x + step + 12));
+      int32x4_t sums[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const Tables tables(levels_of(group, r * 4 + i));
+        int32x4_t sum = vdupq_n_s32(0), more = sum;
+        for (int64_t line = 0; line < lines; ++line) {
+          const Weights weights(vld1q_u8(codes_of(group, lines, r, i, line)), tables);
+          const int8_t* v = x + line * kStep;
+          sum = vdotq_s32(sum, weights.w[0], vld1q_s8(v));
+          more = vdotq_s32(more, weights.w[1], vld1q_s8(v + 16));
+          sum = vdotq_s32(sum, weights.w[2], vld1q_s8(v + 32));
+          more = vdotq_s32(more, weights.w[3], vld1q_s8(v + 48));
+        }
+        sums[i] = vaddq_s32(sum, more);
       }
-      f[r] = add_group(f[r], vaddq_s32(sum, more), group, r, g.channels(index), a.step[index], a.rest[index]);
+      const int32x4_t sum = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+      f[r] = add_group(f[r], sum, group, g, r, index, a.step[index], a.rest[index]);
     }
   }
   for (int64_t r = 0; r < kQuarters && r * 4 < rows; ++r) {
@@ -121,6 +139,27 @@ inline void multiply_block(const uint8_t* w, const int8_t* x, int64_t width, int
   }
 }
 
+// A group of 32 rows as bytes [channels / 4][32][4]: what one broadcast of four channels multiplies.
+void decode_group(const uint8_t* group, const Geometry& g, uint8_t* out) {
+  const int64_t lines = g.width() / kStep;
+  for (int64_t r = 0; r < kQuarters; ++r) {
+    for (int64_t i = 0; i < 4; ++i) {
+      const Tables tables(levels_of(group, r * 4 + i));
+      for (int64_t line = 0; line < lines; ++line) {
+        const Weights weights(vld1q_u8(codes_of(group, lines, r, i, line)), tables);
+        for (int64_t part = 0; part < 4; ++part) {
+          const int32x4_t quads = vreinterpretq_s32_s8(weights.w[part]);
+          int32_t* to = reinterpret_cast<int32_t*>(out + (line * 16 + part * 4) * 128) + r * 4 + i;
+          vst1q_lane_s32(to, quads, 0);
+          vst1q_lane_s32(to + 32, quads, 1);
+          vst1q_lane_s32(to + 64, quads, 2);
+          vst1q_lane_s32(to + 96, quads, 3);
+        }
+      }
+    }
+  }
+}
+
 void many_tokens(const uint8_t* tile, const TileLayout& layout, const Geometry& g, const Activations& a,
                  const float* bias, float* y, uint8_t* scratch, int64_t first, int64_t tokens, int64_t rows) {
   const int64_t width = g.width();
@@ -129,17 +168,10 @@ void many_tokens(const uint8_t* tile, const TileLayout& layout, const Geometry& 
   std::memset(f, 0, static_cast<size_t>(tokens) * kTileRows * 4);
   for (int64_t index = 0; index < g.groups(); ++index) {
     const uint8_t* group = tile + index * layout.group_bytes;
-    for (int64_t r = 0; r < kQuarters; ++r) {
-      const int8x16_t table = signed_bytes(group + r * 16);
-      for (int64_t step = 0; step < width; step += kStep) {
-        const Decoded d = decode(vld1q_u8(group + TileLayout::kCodes + step * 8 + r * 16), table);
-        uint8_t* out = scratch + step * 32 + r * 16;
-        for (int i = 0; i < 4; ++i) vst1q_u8(out + i * 128, vreinterpretq_u8_s8(d.w[i]));
-      }
-    }
+    decode_group(group, g, scratch);
     const int64_t at = index * a.tokens + first;
     for (int64_t half = 0; half < 2; ++half) {
-      for (int64_t step = 0; step < width; step += kStep) {
+      for (int64_t step = 0; step < width; step += 16) {
         multiply_block(scratch + step * 32 + half * 64, a.codes + at * width + step, width, tokens, sums + half * 16,
                        step == 0);
       }
@@ -147,7 +179,7 @@ void many_tokens(const uint8_t* tile, const TileLayout& layout, const Geometry& 
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t r = 0; r < kQuarters; ++r) {
         const int64_t place = token * kTileRows + r * 4;
-        vst1q_f32(f + place, add_group(vld1q_f32(f + place), vld1q_s32(sums + place), group, r, g.channels(index),
+        vst1q_f32(f + place, add_group(vld1q_f32(f + place), vld1q_s32(sums + place), group, g, r, index,
                                        a.step[at + token], a.rest[at + token]));
       }
     }

@@ -18,20 +18,19 @@ void product_scalar(const uint8_t* weights, const Geometry& g, const Activations
       float f = 0.0f;
       for (int64_t index = 0; index < g.groups(); ++index) {
         const uint8_t* group = tile + index * layout.group_bytes;
+        const uint8_t* levels = levels_of(group, place);
         const int64_t at = index * a.tokens + token;
         const int8_t* codes = a.codes + at * width;
         int32_t sum = a.shift[at];
         for (int64_t channel = 0; channel < width; ++channel) {
-          const uint8_t byte = group[TileLayout::kCodes + channel / kStep * 128 + place * 4 + channel % 4];
-          const int code = (byte >> (channel % kStep / 4 * 2)) & 3;
-          sum += static_cast<int32_t>(group[TileLayout::kLevels + place * 4 + code]) * codes[channel];
+          sum += static_cast<int32_t>(levels[code_at(group, g, place, channel)]) * codes[channel];
         }
         uint16_t half;
         std::memcpy(&half, group + TileLayout::kScales + place * 2, 2);
         const float factor = half_to_float(half) * a.step[at];
         f = std::fmaf(static_cast<float>(sum), factor, f);
         if (a.rest[at] != 0.0f) {
-          f = std::fmaf(static_cast<float>(level_sum(group, place, g.channels(index))), factor * a.rest[at], f);
+          f = std::fmaf(static_cast<float>(level_sum(group, g, place, index)), factor * a.rest[at], f);
         }
       }
       if (g.outliers) {

@@ -17,7 +17,7 @@ from bitwright.runtime.native import native
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
 STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 TILE_ROWS = 32
-STEP = 16  # channels of a row in one line of 64 bytes
+STEP = 64  # channels of a row whose codes share 16 bytes
 _LEVELS, _SCALES, _CODES = 0, 128, 192
 
 
@@ -45,7 +45,7 @@ class Geometry:
 
     @property
     def group_bytes(self) -> int:
-        return _CODES + self.width // STEP * 128
+        return _CODES + self.width // STEP * TILE_ROWS * 16
 
     @property
     def tile_bytes(self) -> int:
@@ -92,15 +92,17 @@ def pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -
     """As `pack`, in torch."""
     view = Views(packed, geometry)
     tiles = view.levels.shape[0]
-    view.levels.copy_(in_tiles(matrix.integer_levels().to(torch.int16) + 128, tiles).transpose(1, 2))
+    levels = in_tiles(matrix.integer_levels().to(torch.int16) + 128, tiles).unflatten(1, (2, 4, 4))
+    view.levels.copy_(levels.movedim(4, 1))
     view.scales.copy_(in_tiles(matrix.scales, tiles).transpose(1, 2))
     codes = in_tiles(matrix.codes(), tiles)
     # Fill up the ragged last group, then groups that are no whole number of steps.
     codes = torch.nn.functional.pad(codes, (0, geometry.groups * geometry.group - geometry.normal))
     codes = codes.unflatten(-1, (geometry.groups, geometry.group))
     codes = torch.nn.functional.pad(codes, (0, geometry.width - geometry.group))
-    quads = codes.unflatten(-1, (-1, 4, 4)).permute(0, 2, 3, 1, 5, 4)  # [tiles, groups, steps, rows, byte, code of it]
-    view.codes.copy_((quads << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)).sum(dim=-1))
+    bits = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).unsqueeze(-1)
+    codes = (codes.unflatten(-1, (-1, 4, 16)) << bits).sum(dim=-2)  # [tiles, rows, groups, steps, byte]
+    view.codes.copy_(codes.unflatten(1, (2, 4, 4)).movedim(4, 1))
     pack_outliers(matrix, view.outliers, view.outlier_scales)
     return packed
 
@@ -130,13 +132,14 @@ def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
     """The stored tensors (docs/format.md) but the permutation, bit for bit what was packed."""
     view = Views(packed, geometry)
 
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.flatten(0, 1)[: geometry.rows]
+    def rows(tensor: Tensor) -> Tensor:  # [tiles, groups, sixteen, lane, slot, ...] -> [rows, groups, ...]
+        return tensor.movedim(1, 4).flatten(0, 3)[: geometry.rows]
 
     codes = torch.stack([(view.codes >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-2)
-    codes = codes.permute(0, 3, 1, 2, 4, 5).flatten(3)[..., : geometry.group].flatten(2)[..., : geometry.normal]
-    levels = rows((view.levels.to(torch.int16) - 128).to(torch.int8).transpose(1, 2))
-    parts = {"codes": pack_planes(rows(codes), 2), "scales": rows(view.scales.transpose(1, 2)).contiguous()}
+    codes = rows(codes).flatten(2)[..., : geometry.group].flatten(1)[..., : geometry.normal]
+    levels = rows((view.levels.to(torch.int16) - 128).to(torch.int8))
+    scales = view.scales.transpose(1, 2).flatten(0, 1)[: geometry.rows]
+    parts = {"codes": pack_planes(codes, 2), "scales": scales.contiguous()}
     if kind == "free":
         parts["levels"] = levels.contiguous()
     else:
@@ -151,8 +154,10 @@ class Views:
         tiles = packed.view(-1, geometry.tile_bytes)
         groups = tiles[:, : geometry.groups * geometry.group_bytes].unflatten(1, (geometry.groups, -1))
         tail = tiles[:, geometry.groups * geometry.group_bytes :]
-        self.levels = groups[..., _LEVELS:_SCALES].unflatten(-1, (TILE_ROWS, 4))  # [tiles, groups, rows, code]
+        # Rows stand in slots, 4 x 4 transposed inside each sixteen: [tiles, groups, sixteen, 4, 4, code] in row order.
+        self.levels = groups[..., _LEVELS:_SCALES].unflatten(-1, (2, 4, 4, 4)).transpose(3, 4)
         self.scales = groups[..., _SCALES:_CODES].view(torch.float16)  # [tiles, groups, rows]
-        self.codes = groups[..., _CODES:].unflatten(-1, (-1, TILE_ROWS, 4))  # [tiles, groups, steps, rows, byte]
+        lines = groups[..., _CODES:].unflatten(-1, (2, 4, -1, 4, 16))
+        self.codes = lines.permute(0, 1, 2, 5, 3, 4, 6)  # [tiles, groups, sixteen, 4, 4, steps, byte] in row order
         self.outliers = tail[:, : -TILE_ROWS * 4].unflatten(-1, (-1, TILE_ROWS, 4))  # [tiles, quads, rows, byte]
         self.outlier_scales = tail[:, -TILE_ROWS * 4 :].view(torch.float32)  # [tiles, rows]
