@@ -93,6 +93,14 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     return read_memory(at<const uint64_t>(words), count, threads);
   });
+  m.def("peak", [](int64_t rounds, int threads) {
+    nb::gil_scoped_release free;
+    int64_t done = 0;
+    if (!kernels().peak) return done;
+#pragma omp parallel num_threads(threads) reduction(+ : done)
+    done += kernels().peak(rounds);
+    return done;
+  });
   m.def("dense_linear", [](uintptr_t x, int64_t tokens, uintptr_t weights, int64_t rows, int64_t columns, uintptr_t y,
                            int threads) {
     nb::gil_scoped_release free;

@@ -85,6 +85,8 @@ struct Kernels {
   // rows first..last of y [tokens][rows]; weights bfloat16 [rows][columns]
   void (*dense)(const float* x, int64_t tokens, const uint16_t* weights, int64_t rows, int64_t columns, float* y,
                 int64_t first, int64_t last);
+  // multiply-adds of `rounds` rounds of the product's arithmetic on registers alone (peak/kernels.h), or null
+  int64_t (*peak)(int64_t rounds);
 };
 
 // Tokens that are worked on together while a group of weights lies decoded in the cache.

@@ -52,7 +52,7 @@ def kernels(
         return
     names = sorted({peer for row in rows for peer in row["peer_ratios"]})
     table = Table(box=None)
-    for heading in ("shape", "site", "rows x columns", "tokens", "us", "GB/s", "over read", "GFLOP-eq/s", *names):
+    for heading in ("shape", "site", "rows x columns", "tokens", "us", "GB/s", "over read", "GFLOP-eq/s", "of peak", *names):
         table.add_column(heading, justify="left" if heading in ("shape", "site") else "right")
     for row in rows:
         ratios = [f"{row['peer_ratios'][name]:.1f} x" if name in row["peer_ratios"] else "" for name in names]
@@ -65,12 +65,14 @@ def kernels(
             f"{row['gigabytes_per_second']:.1f}",
             f"{row['over_read']:.2f}",
             f"{row['gigaflops']:,.0f}",
+            f"{row['of_peak']:.0%}" if row["of_peak"] else "",
             *ratios,
         )
     console.out.print(table)
     console.out.print(
         f"{rows[0]['variant']}, {rows[0]['threads']} threads; medians of interleaved runs, activation quantization"
-        " included. over read: time over reading the same bytes; torch columns: their time over ours."
+        " included. over read: time over reading the same bytes; of peak: of the multiply-adds that the processor does"
+        " on registers alone at that moment; torch columns: their time over ours."
     )
 
 

@@ -27,6 +27,7 @@ from bitwright.runtime.tiles import Geometry
 
 MEMORY = 256 << 20  # bytes that weights rotate through
 HOT_TOKENS = 16  # beyond so many tokens arithmetic is the limit, and two copies do
+PEAK_ROUNDS = 20_000  # about a millisecond
 SLOW = 1.0  # seconds; a peer that takes longer is run once
 
 
@@ -42,6 +43,7 @@ class KernelSpeed:
     seconds: float
     bytes: int
     read_seconds: float
+    peak_gigaflops: float | None
     peers: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -54,6 +56,11 @@ class KernelSpeed:
         return 2.0 * self.rows * self.columns * self.tokens / self.seconds / 1e9
 
     @property
+    def of_peak(self) -> float | None:
+        """Share of the multiply-adds that the variant does on registers alone, measured in the same run."""
+        return self.gigaflops / self.peak_gigaflops if self.peak_gigaflops else None
+
+    @property
     def over_read(self) -> float:
         """Time over that of reading the same bytes."""
         return self.seconds / self.read_seconds
@@ -64,6 +71,7 @@ class KernelSpeed:
             "gigabytes_per_second": self.gigabytes_per_second,
             "gigaflops": self.gigaflops,
             "over_read": self.over_read,
+            "of_peak": self.of_peak,
             "peer_ratios": {name: seconds / self.seconds for name, seconds in self.peers.items()},
         }
 
@@ -119,11 +127,16 @@ def kernel_speed(rows: int, columns: int, tokens: int, *, peers: bool = True, se
         module.read_memory(weights[(turn + copies // 2) % copies].data_ptr(), size // 8, threads)
 
     candidates: dict[str, Callable[[int], Any]] = {"ours": ours, "read": read}
+    multiplied = module.peak(PEAK_ROUNDS, threads)  # 0 where the variant has none
+    if multiplied and tokens > 1:
+        candidates["peak"] = lambda _: module.peak(PEAK_ROUNDS, threads)
     if peers:
         candidates.update(_peers(x, rows, columns, tokens))
     found = interleaved(candidates, seconds)
-    others = {name: found[name] for name in candidates if name not in ("ours", "read")}
-    return KernelSpeed(rows, columns, tokens, threads, module.chosen(), found["ours"], size, found["read"], others)
+    peak = 2 * multiplied / found["peak"] / 1e9 if "peak" in found else None
+    others = {name: found[name] for name in candidates if name not in ("ours", "read", "peak")}
+    times = (found["ours"], size, found["read"])
+    return KernelSpeed(rows, columns, tokens, threads, module.chosen(), *times, peak, others)
 
 
 def _peers(x: Tensor, rows: int, columns: int, tokens: int) -> dict[str, Callable[[int], Any]]:
