@@ -52,7 +52,8 @@ def kernels(
         return
     names = sorted({peer for row in rows for peer in row["peer_ratios"]})
     table = Table(box=None)
-    for heading in ("shape", "site", "rows x columns", "tokens", "us", "GB/s", "over read", "GFLOP-eq/s", "of peak", *names):
+    figures = ("tokens", "us", "GB/s", "over read", "GFLOP-eq/s", "of peak", *names)
+    for heading in ("shape", "site", "rows x columns", *figures):
         table.add_column(heading, justify="left" if heading in ("shape", "site") else "right")
     for row in rows:
         ratios = [f"{row['peer_ratios'][name]:.1f} x" if name in row["peer_ratios"] else "" for name in names]
