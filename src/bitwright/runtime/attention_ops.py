@@ -1,8 +1,8 @@
 """Ops on the quantized cache: append to it, and attend to it without dequantizing it whole.
 
 Both work on records (bitwright.runtime.kv_cache) in a buffer that is allocated once, uint8 [heads, capacity, bytes],
-so that a decode step neither copies nor decodes what is cached already. Schema, fake kernel, native and reference
-kernel as in bitwright.runtime.ops.
+so that a decode step neither copies nor decodes what is cached already. Native and reference kernels; the
+schemas stand in schemas.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 At one token each of them is a handful of torch ops of some thousand numbers, whose calls cost more than their
 arithmetic. (The gated activation is not here: torch's silu and product are as fast.) Rows do not touch each other, and
-results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Schema, fake kernel,
-native and reference kernel as in bitwright.runtime.ops.
+results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Native and
+reference kernels; the schemas stand in schemas.py.
 """
 
 from __future__ import annotations

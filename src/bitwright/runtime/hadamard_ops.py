@@ -1,4 +1,4 @@
-"""The Hadamard transform as an op: schema, fake kernel, native and reference kernel as in bitwright.runtime.ops."""
+"""The Hadamard transform as an op: native and reference kernel; the schema stands in schemas.py."""
 
 from __future__ import annotations
 

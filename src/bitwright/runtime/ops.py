@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.bitwright`: schemas, fake kernels, and for each a native and a reference kernel.
+"""The kernels of the quantized linear and of the dense head, native and reference; their schemas stand in schemas.py.
 
 The native kernels get addresses and sizes of tensors that are checked here; they know no torch. The reference kernels
 are torch code on the same packed bytes, for machines without a compiler and as a second opinion in the tests.

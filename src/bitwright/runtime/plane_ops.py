@@ -1,4 +1,4 @@
-"""The op of the boolean product, `torch.ops.bitwright.site_planes`: schema, fake kernel, native and reference kernel.
+"""The op of the boolean product, `site_planes`: native and reference kernel; the schema stands in schemas.py.
 
 Where `site_linear` (ops.py) needs plane values 2^a mu, this takes every balance of the recipe exactly: integer counts
 of q, m and q AND m in each bit plane of the input (BWA, eq. 5 to 7), then one fp32 step a group.
