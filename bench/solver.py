@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.native import find
 from bitwright.recipe import WeightRecipe
-from bitwright.runtime.native import find
 from bitwright.solvers import Factor, factorize, hessian, native, output_error
 from bitwright.solvers.feedback import solve_rows_reference
 from bitwright.workers import Workers

@@ -63,9 +63,6 @@ NB_MODULE(_native, m) {
   m.def("variants", &list_variants);
   m.def("choose", &choose);
   m.def("chosen", [] { return std::string(kernels().name); });
-  m.def("packed_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
-    return packed_bytes(Geometry{rows, columns, outliers, group});
-  });
   m.def("pack", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros, uintptr_t outlier_codes,
                    uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers, int64_t group,
                    uintptr_t packed, int threads) {
@@ -120,9 +117,6 @@ NB_MODULE(_native, m) {
   });
   bind_decoder(m, [] { return variant().decoder; });
   m.def("chosen_planes", [] { return std::string(planes().name); });
-  m.def("plane_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
-    return plane_bytes(Geometry{rows, columns, outliers, group});
-  });
   m.def("pack_planes", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
                           uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns,
                           int64_t outliers, int64_t group, uintptr_t packed, int threads) {
@@ -168,6 +162,13 @@ NB_MODULE(_native, m) {
                SolveOutputs{at<uint8_t>(planes), at<uint16_t>(scales), at<int8_t>(level_codes), at<uint8_t>(zeros),
                             at<int8_t>(outlier_codes), at<uint16_t>(outlier_scales)},
                threads);
+  });
+  m.def("find_levels", [](uintptr_t block, uintptr_t importance, int64_t rows, int64_t width, int search, int bits,
+                          int iterations, uintptr_t integers, uintptr_t scales, uintptr_t zeros, int threads) {
+    nb::gil_scoped_release free;
+    find_levels(LevelFinder(static_cast<LevelSearch>(search), bits, iterations), at<const float>(block),
+                at<const float>(importance), rows, width, at<int8_t>(integers), at<uint16_t>(scales),
+                at<uint8_t>(zeros), threads);
   });
   m.def("real_levels", [](uintptr_t block, uintptr_t importance, int64_t rows, int64_t width, int search, int bits,
                           int iterations, uintptr_t levels) {

@@ -6,26 +6,15 @@ namespace bitwright {
 
 namespace {
 
-thread_local Arena shared_arena, own_arena;
-
-Activations lay_out(uint8_t* memory, const Geometry& g, int64_t tokens, int64_t* bytes) {
-  int64_t at = 0;
-  const auto take = [&](int64_t size) {
-    uint8_t* place = memory + at;
-    at += round_up(size, 64);
-    return place;
-  };
-  Activations a;
+Activations lay_out(Parts& parts, const Geometry& g, int64_t tokens) {
   const int64_t records = g.groups() * tokens;
+  Activations a;
   a.tokens = tokens;
-  a.codes = reinterpret_cast<int8_t*>(take(records * g.width()));
-  a.step = reinterpret_cast<float*>(take(records * 4));
-  a.rest = reinterpret_cast<float*>(take(records * 4));
-  a.shift = reinterpret_cast<int32_t*>(take(records * 4));
-  a.outliers = reinterpret_cast<int8_t*>(take(tokens * g.outlier_width()));
-  a.outlier_step = reinterpret_cast<float*>(take(tokens * 4));
-  a.outlier_shift = reinterpret_cast<int32_t*>(take(tokens * 4));
-  *bytes = at;
+  a.codes = parts.take<int8_t>(records * g.width());
+  a.step = parts.take<float>(records);
+  a.rest = parts.take<float>(records);
+  a.shift = parts.take<int32_t>(records);
+  take_outliers(parts, g, a);
   return a;
 }
 
@@ -33,40 +22,18 @@ Activations lay_out(uint8_t* memory, const Geometry& g, int64_t tokens, int64_t*
 
 void site_linear(const Kernels& kernels, const float* x, int64_t tokens, const uint8_t* packed, const Geometry& g,
                  const Quantizer& q, const float* bias, float* y, int threads) {
-  int64_t bytes;
-  lay_out(nullptr, g, tokens, &bytes);
-  const Activations a = lay_out(shared_arena.get(bytes), g, tokens, &bytes);
-  const int64_t gathered = round_up(g.columns * 4, 64);
-  const int count = useful_threads(threads, g.tiles(), tokens);
-  if (count == 1) {
-    uint8_t* own = own_arena.get(gathered + product_scratch(g));
-    kernels.quantize(x, g, q, a, reinterpret_cast<float*>(own), 0, tokens);
-    kernels.product(packed, g, a, bias, y, own + gathered, 0, g.tiles());
-    return;
-  }
-  Tiles tiles(g.tiles(), count);
-#pragma omp parallel num_threads(count)
-  {
-    uint8_t* own = own_arena.get(gathered + product_scratch(g));
-    const int me = this_thread();
-    if (tokens == 1) {
-      if (me == 0) kernels.quantize(x, g, q, a, reinterpret_cast<float*>(own), 0, 1);
-    } else {
-      kernels.quantize(x, g, q, a, reinterpret_cast<float*>(own), tokens * me / count, tokens * (me + 1) / count);
-    }
-#pragma omp barrier
-    int64_t first, last;
-    while (tiles.take(me, &first, &last)) kernels.product(packed, g, a, bias, y, own + gathered, first, last);
-  }
+  const Activations a = in_shared_memory([&](Parts& parts) { return lay_out(parts, g, tokens); });
+  quantize_and_multiply(kernels, x, packed, g, q, a, product_scratch(g), bias, y, threads);
 }
 
 void quantize_site(const Kernels& kernels, const float* x, const Geometry& g, const Quantizer& q,
                    const Activations& out, int threads) {
+  if (out.tokens == 0) return;
   const int count = static_cast<int>(smaller<int64_t>(threads, out.tokens));
 #pragma omp parallel num_threads(count)
   {
     const int me = this_thread();
-    float* own = reinterpret_cast<float*>(own_arena.get(g.columns * 4));
+    float* own = reinterpret_cast<float*>(own_memory(g.columns * 4));
     kernels.quantize(x, g, q, out, own, out.tokens * me / count, out.tokens * (me + 1) / count);
   }
 }

@@ -9,8 +9,6 @@ namespace bitwright {
 
 namespace {
 
-thread_local Arena shared_arena, own_arena;
-
 #if defined(__x86_64__)
 // Single processor bits, as in ../isa.cpp. vpopcntb came later than the byte kernels' VNNI.
 bool has_avx2() {
@@ -27,25 +25,16 @@ struct PlaneVariant {
   bool runs;
 };
 
-PlaneActivations lay_out(uint8_t* memory, const Geometry& g, int64_t tokens, int64_t* bytes) {
-  int64_t at = 0;
-  const auto take = [&](int64_t size) {
-    uint8_t* place = memory + at;
-    at += round_up(size, 64);
-    return place;
-  };
+PlaneActivations lay_out(Parts& parts, const Geometry& g, int64_t tokens) {
   const PlaneLayout layout(g);
   const int64_t records = g.groups() * tokens;
   PlaneActivations a;
   a.tokens = a.outliers.tokens = tokens;
-  a.words = reinterpret_cast<uint16_t*>(take(records * layout.lines * 4));
-  a.ones = take(records * layout.parts * kPlanes);
-  a.scales = reinterpret_cast<float*>(take(records * kPlanes * 4));
-  a.offset = reinterpret_cast<float*>(take(records * 4));
-  a.outliers.outliers = reinterpret_cast<int8_t*>(take(tokens * g.outlier_width()));
-  a.outliers.outlier_step = reinterpret_cast<float*>(take(tokens * 4));
-  a.outliers.outlier_shift = reinterpret_cast<int32_t*>(take(tokens * 4));
-  *bytes = at;
+  a.words = parts.take<uint16_t>(records * layout.lines * 2);
+  a.ones = parts.take<uint8_t>(records * layout.parts * kPlanes);
+  a.scales = parts.take<float>(records * kPlanes);
+  a.offset = parts.take<float>(records);
+  take_outliers(parts, g, a.outliers);
   return a;
 }
 
@@ -73,32 +62,13 @@ const PlaneKernels& plane_kernels(const char* variant) {
 
 void site_planes(const PlaneKernels& kernels, const float* x, int64_t tokens, const uint8_t* packed, const Geometry& g,
                  const PlaneQuantizer& q, const float* bias, float* y, int threads) {
-  int64_t bytes;
-  lay_out(nullptr, g, tokens, &bytes);
-  const PlaneActivations a = lay_out(shared_arena.get(bytes), g, tokens, &bytes);
-  const int64_t gathered = round_up(g.columns * 4, 64);
-  const int count = useful_threads(threads, g.tiles(), tokens);
-  if (count == 1) {
-    uint8_t* own = own_arena.get(gathered + plane_scratch(g));
-    kernels.quantize(x, g, q, a, reinterpret_cast<float*>(own), 0, tokens);
-    kernels.product(packed, g, a, bias, y, own + gathered, 0, g.tiles());
-    return;
-  }
-  Tiles tiles(g.tiles(), count);
-#pragma omp parallel num_threads(count)
-  {
-    uint8_t* own = own_arena.get(gathered + plane_scratch(g));
-    const int me = this_thread();
-    kernels.quantize(x, g, q, a, reinterpret_cast<float*>(own), tokens * me / count, tokens * (me + 1) / count);
-#pragma omp barrier
-    int64_t first, last;
-    while (tiles.take(me, &first, &last)) kernels.product(packed, g, a, bias, y, own + gathered, first, last);
-  }
+  const PlaneActivations a = in_shared_memory([&](Parts& parts) { return lay_out(parts, g, tokens); });
+  quantize_and_multiply(kernels, x, packed, g, q, a, plane_scratch(g), bias, y, threads);
 }
 
 void quantize_planes(const PlaneKernels& kernels, const float* x, const Geometry& g, const PlaneQuantizer& q,
                      const PlaneActivations& out) {
-  float* own = reinterpret_cast<float*>(own_arena.get(g.columns * 4));
+  float* own = reinterpret_cast<float*>(own_memory(g.columns * 4));
   kernels.quantize(x, g, q, out, own, 0, out.tokens);
 }
 

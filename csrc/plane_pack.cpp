@@ -16,11 +16,9 @@ uint8_t line_of(const uint8_t* plane, int64_t from, int64_t end) {
 
 }  // namespace
 
-int64_t plane_bytes(const Geometry& g) { return g.tiles() * PlaneLayout(g).bytes; }
-
 void pack_planes(const Neutral& from, const Geometry& g, uint8_t* packed, int threads) {
   const PlaneLayout layout(g);
-  ask_for_large_pages(packed, plane_bytes(g));
+  ask_for_large_pages(packed, g.tiles() * layout.bytes);
   const int64_t groups = g.groups(), stored = (g.normal() + 7) / 8;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < g.rows; ++row) {

@@ -5,8 +5,6 @@
 
 namespace bitwright {
 
-int64_t plane_bytes(const Geometry&);
-
 // Writes the tiles of one linear, as `pack` does. `packed` was zeroed before.
 void pack_planes(const Neutral&, const Geometry&, uint8_t* packed, int threads);
 

@@ -34,6 +34,47 @@ class Arena {
   int64_t size_ = 0;
 };
 
+// A thread's scratch, for as long as it works on one call.
+inline uint8_t* own_memory(int64_t bytes) {
+  static thread_local Arena arena;
+  return arena.get(bytes);
+}
+
+// Hands out parts of one piece of memory, each at a multiple of 64 bytes. Without memory: only counts.
+class Parts {
+ public:
+  explicit Parts(uint8_t* memory) : memory_(memory) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    uint8_t* place = memory_ ? memory_ + bytes_ : nullptr;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(place);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Memory that all threads of a call see, laid out by `lay_out(Parts&)`; it is valid until the next call.
+template <typename LayOut>
+auto in_shared_memory(const LayOut& lay_out) {
+  static thread_local Arena arena;
+  Parts counted(nullptr);
+  lay_out(counted);
+  Parts parts(arena.get(counted.bytes()));
+  return lay_out(parts);
+}
+
+inline void take_outliers(Parts& parts, const Geometry& g, Activations& a) {
+  a.outliers = parts.take<int8_t>(a.tokens * g.outlier_width());
+  a.outlier_step = parts.take<float>(a.tokens);
+  a.outlier_shift = parts.take<int32_t>(a.tokens);
+}
+
 // A thread's own tiles first, in ascending memory order; then what is left of the others', from their far ends.
 class Tiles {
  public:
@@ -96,6 +137,36 @@ inline int useful_threads(int threads, int64_t tiles, int64_t tokens) {
   int64_t count = smaller<int64_t>(threads, smaller(tiles, work));
   count = smaller<int64_t>(count, Tiles::kMost);
   return count < 1 ? 1 : static_cast<int>(count);
+}
+
+// y = W x + bias of a site, by either kind of kernels: each thread quantizes some of the tokens into `inputs`, then all
+// multiply tile by tile. `scratch`: bytes that a thread of the product needs.
+template <typename AnyKernels, typename AnyQuantizer, typename Inputs>
+void quantize_and_multiply(const AnyKernels& kernels, const float* x, const uint8_t* packed, const Geometry& g,
+                           const AnyQuantizer& q, const Inputs& inputs, int64_t scratch, const float* bias, float* y,
+                           int threads) {
+  const int64_t tokens = inputs.tokens, gathered = round_up(g.columns * 4, 64);
+  const int count = useful_threads(threads, g.tiles(), tokens);
+  if (count == 1) {
+    uint8_t* own = own_memory(gathered + scratch);
+    kernels.quantize(x, g, q, inputs, reinterpret_cast<float*>(own), 0, tokens);
+    kernels.product(packed, g, inputs, bias, y, own + gathered, 0, g.tiles());
+    return;
+  }
+  Tiles tiles(g.tiles(), count);
+#pragma omp parallel num_threads(count)
+  {
+    uint8_t* own = own_memory(gathered + scratch);
+    const int me = this_thread();
+    // Shares are rounded up, so that a single token is the first thread's: it is there before the others wake.
+    const auto share = [&](int thread) { return (tokens * thread + count - 1) / count; };
+    kernels.quantize(x, g, q, inputs, reinterpret_cast<float*>(own), share(me), share(me + 1));
+#pragma omp barrier
+    int64_t first_tile, last_tile;
+    while (tiles.take(me, &first_tile, &last_tile)) {
+      kernels.product(packed, g, inputs, bias, y, own + gathered, first_tile, last_tile);
+    }
+  }
 }
 
 }  // namespace bitwright

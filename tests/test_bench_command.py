@@ -11,8 +11,8 @@ import pytest
 
 import bitwright
 import support
+from bitwright import native
 from bitwright.evaluation import shapes, speed
-from bitwright.runtime import native
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import support
-from bitwright.runtime import native, ops
+from bitwright import native
+from bitwright.runtime import ops
 
 needs_native = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 

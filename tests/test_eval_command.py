@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitwright
 import support
+from bitwright import native
 from bitwright.calibration import read_text
 from bitwright.evaluation import evaluate_model
-from bitwright.runtime import native
 
 KEYS = {"perplexity", "bits_per_byte", "loss", "tokens", "windows", "protocol", "text", "text_sha256"}
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import bitwright
+from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import QuantizedKVCache, native
+from bitwright.runtime import QuantizedKVCache
 from bitwright.runtime.decoder import Decoder
 from conftest import MODELS
 

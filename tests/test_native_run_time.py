@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import bitwright
 import support
-from bitwright.runtime import dense_weights, native, pack_sites, quantized_linears
+from bitwright import native
+from bitwright.runtime import dense_weights, pack_sites, quantized_linears
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
@@ -80,6 +81,31 @@ def test_copies_casts_and_state_dicts(directory: Path) -> None:
         assert (loose - expected).norm() / expected.norm() < 0.2, "sums in another order tip a code now and then"
         half = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
         assert half(ids, use_cache=False).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "balance"), [("llama", "none"), ("qwen2", "support")])
+def test_a_model_compiles_and_exports_whole(artifact: Callable[..., Path], name: str, balance: str) -> None:
+    model = bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
+    linears = len(list(quantized_linears(model)))
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    ids = torch.arange(3, 33).view(1, -1)
+    with torch.no_grad():
+        expected = Logits()(ids)
+        compiled = torch.compile(Logits(), fullgraph=True, backend="aot_eager")(ids)
+        exported = torch.export.export(Logits(), (ids,))
+        assert torch.equal(compiled, expected)
+        assert torch.equal(exported.module()(ids), expected)
+    calls = [str(node.target) for node in exported.graph.nodes if str(node.target).startswith("bitwright.site_")]
+    assert len(calls) == linears
 
 
 def test_a_meta_device_move_unpacks(directory: Path) -> None:

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "grid.h"
 
 namespace bitwright {
 
@@ -14,11 +14,7 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
   const float32x4_t zeros = vdupq_n_f32(0.0f), tops = vdupq_n_f32(top);
   const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu), largest_finite = vdupq_n_u32(0x7f7fffffu);
   for (int64_t token = first; token < last; ++token) {
-    const float* row = x + token * g.columns;
-    if (q.order) {
-      for (int64_t i = 0; i < g.columns; ++i) scratch[i] = row[q.order[i]];
-      row = scratch;
-    }
+    const float* row = in_site_order(x + token * g.columns, g.columns, q.order, scratch);
     for (int64_t index = 0; index < g.groups(); ++index) {
       const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), whole = channels / 4 * 4, place = index * out.tokens + token;
@@ -31,25 +27,13 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
         highs = vmaxq_f32(highs, v);
         odd = vorrq_u32(odd, vcgtq_u32(vandq_u32(vreinterpretq_u32_f32(v), magnitude), largest_finite));
       }
-      float low = vminvq_f32(lows), high = vmaxvq_f32(highs);
-      bool finite = vmaxvq_u32(odd) == 0;
-      for (int64_t i = whole; i < channels; ++i) {
-        low = values[i] < low ? values[i] : low;
-        high = values[i] > high ? values[i] : high;
-        finite = finite && std::isfinite(values[i]);
-      }
-      if (q.cut != 0.0f) {
-        const float cut = (high - low) * q.cut;
-        low += cut;
-        high -= cut;
-      }
-      float step = (high - low) / top;
-      step = step < kMinimumStep ? kMinimumStep : step;
-      const float zero = -std::nearbyintf(low / step);
-      const float inside = zero < 0.0f ? 0.0f : (zero > top ? top : zero);
-      const float32x4_t steps = vdupq_n_f32(step), zs = vdupq_n_f32(zero), insides = vdupq_n_f32(inside);
+      Range range{vminvq_f32(lows), vmaxvq_f32(highs), vmaxvq_u32(odd) == 0};
+      widen(range, values, whole, channels);
+      const Grid grid = grid_of(range, q.cut, top);
+      const float inside = clamped(grid.zero, top);
+      const float32x4_t steps = vdupq_n_f32(grid.step), zs = vdupq_n_f32(grid.zero), insides = vdupq_n_f32(inside);
       int32_t sum = 0;
-      if (finite) {
+      if (range.finite) {
         for (int64_t i = 0; i < whole; i += 4) {
           float32x4_t code = vaddq_f32(vrndnq_f32(vdivq_f32(vld1q_f32(values + i), steps)), zs);
           code = vminq_f32(vmaxq_f32(code, zeros), tops);
@@ -62,14 +46,13 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
         for (int64_t i = 0; i < whole; ++i) codes[i] = 0;
       }
       for (int64_t i = whole; i < channels; ++i) {
-        float code = std::nearbyintf(values[i] / step) + zero;
-        code = code < 0.0f ? 0.0f : (code > top ? top : code);
-        codes[i] = finite ? static_cast<int8_t>(code - inside) : 0;
+        const float code = code_of(values[i], grid, top);
+        codes[i] = range.finite ? static_cast<int8_t>(code - inside) : 0;
         sum += codes[i];
       }
       for (int64_t i = channels; i < width; ++i) codes[i] = 0;
-      out.step[place] = finite ? step : NAN;
-      out.rest[place] = finite ? inside - zero : 0.0f;
+      out.step[place] = range.finite ? grid.step : NAN;
+      out.rest[place] = range.finite ? inside - grid.zero : 0.0f;
       out.shift[place] = -128 * sum;
     }
     quantize_outliers(row + normal, g, out, token);

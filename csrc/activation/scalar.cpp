@@ -1,7 +1,7 @@
 // The activation quantizer, one value at a time: the oracle of the others (BWA, eq. 3 and 4; docs/format.md).
 #include <cmath>
 
-#include "kernels.h"
+#include "grid.h"
 
 namespace bitwright {
 
@@ -10,41 +10,27 @@ void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, cons
   const int64_t normal = g.normal(), width = g.width();
   const float top = static_cast<float>((1 << q.bits) - 1);
   for (int64_t token = first; token < last; ++token) {
-    const float* row = x + token * g.columns;
-    for (int64_t i = 0; i < g.columns; ++i) scratch[i] = q.order ? row[q.order[i]] : row[i];
+    const float* row = in_site_order(x + token * g.columns, g.columns, q.order, scratch);
     for (int64_t index = 0; index < g.groups(); ++index) {
-      const float* values = scratch + index * g.group;
+      const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
       int8_t* codes = out.codes + place * width;
-      float low = values[0], high = values[0];
-      bool finite = true;
-      for (int64_t i = 0; i < channels; ++i) {
-        low = values[i] < low ? values[i] : low;
-        high = values[i] > high ? values[i] : high;
-        finite = finite && std::isfinite(values[i]);
-      }
-      if (q.cut != 0.0f) {
-        const float cut = (high - low) * q.cut;
-        low += cut;
-        high -= cut;
-      }
-      float step = (high - low) / top;
-      step = step < kMinimumStep ? kMinimumStep : step;
-      const float zero = -std::nearbyintf(low / step);
-      const float inside = zero < 0.0f ? 0.0f : (zero > top ? top : zero);
+      Range range{values[0], values[0], true};
+      widen(range, values, 0, channels);
+      const Grid grid = grid_of(range, q.cut, top);
+      const float inside = clamped(grid.zero, top);
       int32_t sum = 0;
       for (int64_t i = 0; i < channels; ++i) {
-        float code = std::nearbyintf(values[i] / step) + zero;
-        code = code < 0.0f ? 0.0f : (code > top ? top : code);
-        codes[i] = finite ? static_cast<int8_t>(code - inside) : 0;
+        const float code = code_of(values[i], grid, top);
+        codes[i] = range.finite ? static_cast<int8_t>(code - inside) : 0;
         sum += codes[i];
       }
       for (int64_t i = channels; i < width; ++i) codes[i] = 0;
-      out.step[place] = finite ? step : NAN;
-      out.rest[place] = finite ? inside - zero : 0.0f;
+      out.step[place] = range.finite ? grid.step : NAN;
+      out.rest[place] = range.finite ? inside - grid.zero : 0.0f;
       out.shift[place] = -128 * sum;
     }
-    quantize_outliers(scratch + normal, g, out, token);
+    quantize_outliers(row + normal, g, out, token);
   }
 }
 

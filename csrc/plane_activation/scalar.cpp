@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "../planes/kernels.h"
-#include "../activation/kernels.h"
+#include "../activation/grid.h"
 
 namespace bitwright {
 
@@ -12,41 +12,27 @@ void quantize_planes_scalar(const float* x, const Geometry& g, const PlaneQuanti
   const PlaneLayout layout(g);
   const float top = 15.0f;
   for (int64_t token = first; token < last; ++token) {
-    const float* row = x + token * g.columns;
-    for (int64_t i = 0; i < g.columns; ++i) scratch[i] = q.order ? row[q.order[i]] : row[i];
+    const float* row = in_site_order(x + token * g.columns, g.columns, q.order, scratch);
     for (int64_t index = 0; index < g.groups(); ++index) {
-      const float* values = scratch + index * g.group;
+      const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
       uint16_t* words = out.words + place * layout.lines * 2;
       uint8_t* ones = out.ones + place * layout.parts * kPlanes;
-      float low = values[0], high = values[0];
-      bool finite = true;
-      for (int64_t i = 0; i < channels; ++i) {
-        low = values[i] < low ? values[i] : low;
-        high = values[i] > high ? values[i] : high;
-        finite = finite && std::isfinite(values[i]);
-      }
+      Range range{values[0], values[0], true};
+      widen(range, values, 0, channels);
       std::memset(words, 0, static_cast<size_t>(layout.lines * 4));
       std::memset(ones, 0, static_cast<size_t>(layout.parts * kPlanes));
-      if (!finite) {
+      if (!range.finite) {
         for (int plane = 0; plane < kPlanes; ++plane) out.scales[place * kPlanes + plane] = NAN;
         out.offset[place] = NAN;
         continue;
       }
-      if (q.cut != 0.0f) {
-        const float cut = (high - low) * q.cut;
-        low += cut;
-        high -= cut;
-      }
-      float step = (high - low) / top;
-      step = step < kMinimumStep ? kMinimumStep : step;
-      const float zero = -std::nearbyintf(low / step);
+      const Grid grid = grid_of(range, q.cut, top);
       float totals[kPlanes][8] = {};
       int32_t counts[kPlanes] = {};
       for (int64_t i = 0; i < channels; ++i) {
-        float code = std::nearbyintf(values[i] / step) + zero;
-        code = code > 0.0f ? (code > top ? top : code) : 0.0f;  // not a number: 0, as _mm256_max_ps has it
-        const float error = values[i] - step * (code - zero);
+        const float code = code_of(values[i], grid, top);
+        const float error = values[i] - grid.step * (code - grid.zero);
         const float share = error / (code < 1.0f ? 1.0f : code);
         const unsigned bits = static_cast<unsigned>(code);
         for (int plane = 0; plane < kPlanes; ++plane) {
@@ -58,18 +44,18 @@ void quantize_planes_scalar(const float* x, const Geometry& g, const PlaneQuanti
         }
       }
       for (int plane = 0; plane < kPlanes; ++plane) {
-        float free_scale = step;
+        float free_scale = grid.step;
         if (q.balance != Balance::none) {
           const float* s = totals[plane];
           const float total = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
           const int64_t over = q.balance == Balance::literal ? channels : (counts[plane] < 1 ? 1 : counts[plane]);
-          free_scale = step + total / static_cast<float>(over);
+          free_scale = grid.step + total / static_cast<float>(over);
         }
         out.scales[place * kPlanes + plane] = static_cast<float>(1 << plane) * free_scale;
       }
-      out.offset[place] = -step * zero;
+      out.offset[place] = -grid.step * grid.zero;
     }
-    quantize_outliers(scratch + g.normal(), g, out.outliers, token);
+    quantize_outliers(row + g.normal(), g, out.outliers, token);
   }
 }
 

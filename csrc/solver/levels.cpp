@@ -248,4 +248,22 @@ void LevelFinder::dp(float* result) {
   }
 }
 
+void find_levels(const LevelFinder& finder, const float* block, const float* importance, int64_t rows, int64_t width,
+                 int8_t* integers, uint16_t* scales, uint8_t* zeros, int threads) {
+  if (rows == 0) return;
+  const int levels = finder.count(), parts = static_cast<int>(std::min<int64_t>(threads, rows));
+  // All memory before the parallel region: an exception must not leave it.
+  std::vector<LevelFinder> finders(static_cast<size_t>(parts), finder);
+  for (LevelFinder& one : finders) one.importance(importance, width);
+#pragma omp parallel for schedule(static) num_threads(parts)
+  for (int part = 0; part < parts; ++part) {
+    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+      const GridRow grid = finders[static_cast<size_t>(part)].grid(block + row * width);
+      std::copy(grid.integers, grid.integers + levels, integers + row * levels);
+      scales[row] = grid.scale;
+      zeros[row] = grid.zero;
+    }
+  }
+}
+
 }  // namespace bitwright

@@ -31,6 +31,8 @@ class LevelFinder {
   // Levels of w [width] on the grid that the format stores.
   GridRow grid(const float* w);
 
+  int count() const { return count_; }
+
  private:
   void sort(const float* w);
   void em(float* levels);
@@ -49,6 +51,11 @@ class LevelFinder {
   std::vector<double> before_, best_;           // dp: least cost of the first b weights
   std::vector<int32_t> choice_;                 // dp: where the last interval begins, [2^bits - 1][width + 1]
 };
+
+// The grids of all rows of block [rows][width], which share the importances [width]: integers [rows][2^bits], scales
+// fp16 [rows], zeros [rows]. `finder` says how they are searched; the result does not depend on `threads`.
+void find_levels(const LevelFinder& finder, const float* block, const float* importance, int64_t rows, int64_t width,
+                 int8_t* integers, uint16_t* scales, uint8_t* zeros, int threads);
 
 // The nearest int8 multiples of max |level| / 127, rounded to fp16; levels [count].
 GridRow snap(const float* levels, int count);

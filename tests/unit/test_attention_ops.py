@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from bitwright.runtime import attention_ops, block_ops
 from bitwright.runtime.attention_ops import record_bytes
 from bitwright.runtime.kv_cache import decode, encode
 
-from .test_ops import VARIANTS, backend, module, needs_native, restore  # noqa: F401 (a fixture)
+from .backends import VARIANTS, module, needs_native, restore, threads
 from .twins import examples, gaussian
 
 SPREADS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,16 +29,6 @@ SPREADS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": lambda x: torch.full_like(x, -2.5),
     "outlier": lambda x: torch.cat([x[..., :1] * 1e4, x[..., 1:]], dim=-1),
 }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def filled(states: Tensor, bits: int, capacity: int) -> Tensor:
@@ -119,7 +108,7 @@ def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("channel", [0, 9, 20])
-def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> None:  # noqa: F811
+def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> None:
     states = gaussian(1, 3, 21)
     states[0, 1, channel] = float("nan")
     records = torch.zeros(1, 3, record_bytes(21, bits), dtype=torch.uint8)
@@ -170,7 +159,7 @@ def test_attention_over_the_cache(
     [(2, 1, 1, 1700, 0), (1, 4, 1, 1700, 1100), (2, 3, 2, 1030, 0), (1, 2, 200, 513, 0), (3, 1, 64, 600, 90)],
 )
 def test_long_contexts_in_parts(
-    backend: str,  # noqa: F811
+    backend: str,
     bits: int,
     heads: int,
     group: int,
@@ -193,7 +182,7 @@ def test_long_contexts_in_parts(
         assert torch.equal(found[0], found[2])
 
 
-def test_one_by_one_is_all_at_once(backend: str) -> None:  # noqa: F811
+def test_one_by_one_is_all_at_once(backend: str) -> None:
     keys, values, queries = (gaussian(2, 70, 80, seed=seed) for seed in (1, 2, 3))
     whole = [torch.zeros(2, 70, record_bytes(80, 4), dtype=torch.uint8) for _ in range(4)]
     attention_ops.kv_append(whole[0], keys, 0, 4)
@@ -210,7 +199,7 @@ def test_one_by_one_is_all_at_once(backend: str) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("new", [1, 20])
-def test_what_is_not_finite_stays_visible(backend: str, value: float, new: int) -> None:  # noqa: F811
+def test_what_is_not_finite_stays_visible(backend: str, value: float, new: int) -> None:
     keys, values = (filled(gaussian(1, 90, 33, seed=seed), 4, 90) for seed in (1, 2))
     queries = gaussian(2, new, 33)
     queries[1, new - 1, 5] = value
@@ -219,7 +208,7 @@ def test_what_is_not_finite_stays_visible(backend: str, value: float, new: int) 
     assert bool(found[:, 0].isfinite().all())
 
 
-def test_what_does_not_fit_is_refused(backend: str) -> None:  # noqa: F811
+def test_what_does_not_fit_is_refused(backend: str) -> None:
     states, records = gaussian(2, 3, 10), torch.zeros(2, 8, record_bytes(10, 4), dtype=torch.uint8)
     with pytest.raises(ValueError, match="do not fit at position 6"):
         attention_ops.kv_append(records, states, 6, 4)
@@ -248,7 +237,7 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("shape", [(1, 4096), (3, 7), (2, 5, 100), (40, 2048), (0, 8)])
 @pytest.mark.parametrize("factor", [1.0, 1e4, 1e-4, 0.0])
-def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor: float) -> None:  # noqa: F811
+def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor: float) -> None:
     x, norm = gaussian(*shape) * factor, LlamaRMSNorm(shape[-1], eps=1e-5)
     norm.weight.data = gaussian(shape[-1], seed=1)
     with torch.no_grad():
@@ -258,7 +247,7 @@ def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor:
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 128), (5, 3, 80), (40, 32, 64), (2, 1, 2), (0, 2, 4)])
-def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> None:  # noqa: F811
+def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> None:
     tokens, heads, head_dim = shape
     wide = gaussian(tokens, heads + 2, head_dim)
     x = wide[:, 1 : 1 + heads]  # as out of a fused projection
@@ -284,7 +273,7 @@ def test_rows_do_not_depend_on_threads_or_neighbours() -> None:
                 assert torch.equal(call(50), expected)
 
 
-def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:  # noqa: F811
+def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:
     x = gaussian(2, 3, 8)
     with pytest.raises(ValueError, match="weight must be"):
         block_ops.rms_norm(x, gaussian(7), 1e-6)
@@ -299,16 +288,7 @@ def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:  # noqa: F811
 # --- as ops of torch ---
 
 
-def test_the_ops_pass_opcheck(backend: str) -> None:  # noqa: F811
-    records = filled(gaussian(2, 6, 9), 4, 8)
-    torch.library.opcheck(attention_ops.kv_append, (records.clone(), gaussian(2, 2, 9), 6, 4))
-    for queries in (gaussian(4, 1, 9), gaussian(3, 4, 9).transpose(0, 1)):
-        torch.library.opcheck(attention_ops.kv_attention, (queries, records, records, 6, 0.3, 4, 4))
-    torch.library.opcheck(block_ops.rms_norm, (gaussian(2, 9), gaussian(9), 1e-6))
-    torch.library.opcheck(block_ops.rope, (gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8)))
-
-
-def test_compile_of_a_decode_step(backend: str) -> None:  # noqa: F811
+def test_compile_of_a_decode_step(backend: str) -> None:
     def step(x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
         x = block_ops.rms_norm(x, weight, 1e-6)
         q = block_ops.rope(x.unflatten(1, (2, 8)), cos, cos).transpose(0, 1)

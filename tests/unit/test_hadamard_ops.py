@@ -13,8 +13,7 @@ from torch import Tensor
 from bitwright.runtime import hadamard_ops
 from bitwright.runtime.hadamard_ops import hadamard
 
-from .test_attention_ops import threads
-from .test_ops import VARIANTS, backend, module, needs_native, restore  # noqa: F401 (a fixture)
+from .backends import needs_native, on_every_variant
 from .twins import examples, gaussian
 
 
@@ -25,14 +24,14 @@ def sylvester(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("block", [2**k for k in range(10)])
-def test_blocks_times_the_sylvester_matrix(backend: str, block: int) -> None:  # noqa: F811
+def test_blocks_times_the_sylvester_matrix(backend: str, block: int) -> None:
     x = gaussian(3, 4 * block, seed=block)
     expected = (x.double().unflatten(-1, (4, block)) @ sylvester(block)).flatten(-2)
     torch.testing.assert_close(hadamard(x, block).double(), expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("block", [1, 8, 128, 4096])
-def test_its_own_inverse_and_orthogonal(backend: str, block: int) -> None:  # noqa: F811
+def test_its_own_inverse_and_orthogonal(backend: str, block: int) -> None:
     x = gaussian(5, 4096)
     y = hadamard(x, block)
     torch.testing.assert_close(hadamard(y, block), x, rtol=1e-5, atol=1e-5)
@@ -56,16 +55,11 @@ def test_all_variants_agree_to_the_last_bit(
     block = 2**power
     x = gaussian(rows, blocks * block, seed=seed) * factor
     expected = hadamard_ops._hadamard_reference(x, block)
-    try:
-        for name in VARIANTS:
-            module.choose(name)
-            with threads(count):
-                assert torch.equal(hadamard(x, block), expected), name
-    finally:
-        restore()
+    for name, found in on_every_variant(lambda: hadamard(x, block), count).items():
+        assert torch.equal(found, expected), name
 
 
-def test_a_nan_stays_in_its_block(backend: str) -> None:  # noqa: F811
+def test_a_nan_stays_in_its_block(backend: str) -> None:
     x = gaussian(2, 256)
     x[1, 130] = float("nan")
     found = hadamard(x, 128).isnan().reshape(4, 128)
@@ -73,14 +67,7 @@ def test_a_nan_stays_in_its_block(backend: str) -> None:  # noqa: F811
     assert found.any(dim=1).tolist() == [False, False, False, True]
 
 
-def test_op_and_compile(backend: str) -> None:  # noqa: F811
-    for x in (gaussian(2, 3, 64), gaussian(64, 3).T):
-        torch.library.opcheck(hadamard, (x, 16))
-        compiled = torch.compile(lambda x: hadamard(x + 1, 32) * 2, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), hadamard(x + 1, 32) * 2)
-
-
-def test_what_does_not_fit_is_refused(backend: str) -> None:  # noqa: F811
+def test_what_does_not_fit_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="power of two"):
         hadamard(gaussian(2, 24), 12)
     with pytest.raises(ValueError, match="no multiple"):

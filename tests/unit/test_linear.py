@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from bitwright.recipe import ActivationRecipe
 from bitwright.reference import quantized_linear
 from bitwright.runtime import QuantizedLinear, dense_weights, quantized_linears
 
+from .backends import needs_native
 from .test_reference import EXTREMES
 from .twins import gaussian, random_matrix
 
@@ -185,3 +187,33 @@ def test_repr_says_what_it_is() -> None:
     module = module_of(random_matrix(6, 40, 16, "free", 8, 1, True))
     assert "40 -> 6, 2-bit free codes in groups of 16, 8 int8 outlier channels, bias=False" in repr(module)
     assert (module.in_features, module.out_features) == (40, 6)
+
+
+@pytest.mark.parametrize(("balance", "op"), [("none", "site_linear"), ("support", "site_planes")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_compile_and_export(backend: str, balance: Any, op: str, bias: bool) -> None:
+    """As a whole, and where it is packed, as one op; for any number of tokens."""
+    matrix = random_matrix(6, 40, 16, "free", 8, 1, True)
+    module = module_of(matrix, ActivationRecipe(balance=balance), gaussian(6) if bias else None)
+    if module.packable:  # on every backend but the reference
+        module.pack()
+    x = gaussian(5, 40).bfloat16()
+    expected = module(x)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+    tokens = torch.export.Dim("tokens", min=2, max=1000)
+    exported = torch.export.export(module, (x,), dynamic_shapes={"x": {0: tokens}})
+    assert torch.equal(exported.module()(x[:3]), module(x[:3]))
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert (f"bitwright.{op}.default" in called) == (backend != "reference")
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_inductor() -> None:
+    module = module_of(random_matrix(6, 40, 16, "free", 8, 1, True), ActivationRecipe(balance="none"), gaussian(6))
+    module.pack()
+    x = gaussian(5, 40)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: module(torch.relu(x) + 1) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(torch.relu(x) + 1) * 2)

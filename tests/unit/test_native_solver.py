@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitwright.native import find
 from bitwright.recipe import WeightRecipe
-from bitwright.runtime.native import find
 from bitwright.solvers import factorize, native, output_error
-from bitwright.solvers.feedback import solve_rows_reference
+from bitwright.solvers.feedback import find_levels_reference, solve_rows_reference
 from bitwright.solvers.hessian import Factor
-from bitwright.solvers.levels import dp_levels, em_levels, minmax_levels, snap
+from bitwright.solvers.levels import GridLevels, dp_levels, em_levels, minmax_levels, snap
 
 from .twins import best_partition, correlated, examples, gaussian, loss_of
 
@@ -127,6 +127,26 @@ def test_every_fp16_scale_is_rounded_to_even() -> None:
         expected = snap(levels)
         assert torch.equal(scale, expected.scale)
         assert torch.equal(integers, expected.integers)
+
+
+@given(blocks, weights_of_columns, st.integers(1, 4), st.sampled_from(native.SEARCHES), st.integers(1, 3))
+@examples(150)
+def test_levels_on_the_grid_are_those_of_torch(
+    case: tuple[str, int, int, int], weight: str, bits: int, search: Any, threads: int
+) -> None:
+    kind, rows, width, seed = case
+    block, h = block_of(kind, rows, width, seed), weight_of(weight, width, seed + 7)
+    recipe = WeightRecipe(levels=search, bits=bits)
+    found = native.find_levels(block, h, recipe, threads)
+    if search == "dp":  # of partitions that cost the same either may be found: see above
+        integers, scale = native.snap(module, native.real_levels(module, "dp", block, h, bits))
+        expected = GridLevels(integers, scale)
+    else:
+        expected = find_levels_reference(block, h, recipe)
+    assert torch.equal(found.integers, expected.integers)
+    assert torch.equal(found.scale, expected.scale)
+    assert (found.zero is None) == (expected.zero is None) == (search != "uniform")
+    assert found.zero is None or expected.zero is None or torch.equal(found.zero, expected.zero)
 
 
 # --- the block loop ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The boolean product: every variant of this build against the others, the format and the readable twin."""
+"""What the boolean product has of its own: the quantizer of bit planes, the bounds of its counts, its refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,135 +14,13 @@ from torch import Tensor
 from bitwright.activations import quantize_groups, quantize_outliers
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import ActivationRecipe
-from bitwright.reference import quantized_linear
-from bitwright.runtime import native, plane_ops, planes
+from bitwright.runtime import plane_ops, planes
 
-from .test_ops import needs_native, restore, use
-from .test_reference import EXTREMES
-from .twins import examples, gaussian, random_matrix
+from .backends import VARIANTS, module, needs_native, on_every_variant, restore
+from .test_site_products import SPREADS, Product, a_matrix, spread_out
+from .twins import examples, gaussian
 
-module: Any = native.find()
-# The names of the byte kernels' variants; one that this processor lacks falls back to the best that runs.
-VARIANTS = [name for name, runs in module.variants() if runs] if module else []
 BALANCES = plane_ops.BALANCES
-
-
-@pytest.fixture(params=[*VARIANTS, native.REFERENCE])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    use(request.param, monkeypatch)
-    yield request.param
-    restore()
-
-
-def a_matrix(rows: int, columns: int, outliers: int, group: int, kind: Any = "free", seed: int = 0) -> CodebookMatrix:
-    return random_matrix(rows, columns, group, kind, outliers, seed, True)
-
-
-def call(x: Tensor, matrix: CodebookMatrix, balance: str, clip: float = 1.0, bias: Tensor | None = None) -> Tensor:
-    g, packed = planes.geometry_of(matrix), planes.pack(matrix)
-    order = None if matrix.permutation is None else matrix.permutation.to(torch.int32)
-    return plane_ops.site_planes(x, packed, order, bias, g.rows, g.outliers, g.group, clip, balance)
-
-
-SITES = [
-    # rows, columns, outliers, group
-    (64, 256, 32, 128),
-    (39, 300, 17, 64),
-    (1, 40, 3, 24),
-    (80, 600, 8, 256),
-    (3, 1300, 0, 1024),
-    (100, 1000, 100, 128),
-    (7, 9, 8, 8),
-    (32, 129, 1, 128),
-]
-
-
-@pytest.mark.parametrize("shape", SITES)
-@pytest.mark.parametrize("kind", ["free", "uniform"])
-def test_packing_keeps_every_bit(backend: str, shape: Any, kind: Any) -> None:
-    matrix = a_matrix(*shape, kind=kind)
-    g, packed = planes.geometry_of(matrix), planes.pack(matrix)
-    assert torch.equal(packed, planes.pack_reference(matrix, g, torch.zeros_like(packed)))
-    found, expected = planes.unpack(packed, g, kind), matrix.tensors()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-@pytest.mark.parametrize("shape", SITES)
-@pytest.mark.parametrize("balance", BALANCES)
-@pytest.mark.parametrize(("tokens", "clip"), [(1, 1.0), (14, 0.9)])
-def test_linear_is_the_readable_twin(backend: str, shape: Any, balance: Any, tokens: int, clip: float) -> None:
-    matrix = a_matrix(*shape)
-    x, bias = gaussian(tokens, matrix.columns, seed=1) * 3, gaussian(matrix.rows, seed=2)
-    expected = quantized_linear(x, matrix, ActivationRecipe(balance=balance, clip=clip), bias)
-    found = call(x, matrix, balance, clip, bias)
-    assert found.shape == (tokens, matrix.rows)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-
-
-def spread_out(x: Tensor, spread: str) -> Tensor:
-    return {
-        "normal": x,
-        "positive": x.abs() + 5,
-        "negative": -x.abs() * 0.01 - 3,
-        "huge": x * 1e30,
-        "tiny": x * 1e-30,
-        "equal": torch.full_like(x, 2.5),
-        "mixed": x * torch.logspace(-6, 6, len(x)).unsqueeze(1),
-    }[spread]
-
-
-SPREADS = st.sampled_from(["normal", "positive", "negative", "huge", "tiny", "equal", "mixed"])
-
-
-@needs_native
-@given(
-    rows=st.integers(1, 140),
-    groups=st.integers(1, 4),
-    group=st.sampled_from([8, 16, 24, 64, 128, 136, 264]),
-    ragged=st.integers(0, 7),
-    outliers=st.sampled_from([0, 0, 1, 3, 16, 33]),
-    tokens=st.sampled_from([1, 2, 3, 5, 8, 9, 12, 17, 97, 110]),
-    kind=st.sampled_from(["free", "uniform"]),
-    balance=st.sampled_from(BALANCES),
-    clip=st.sampled_from([1.0, 0.85]),
-    spread=SPREADS,
-    threads=st.integers(1, 3),
-    seed=st.integers(0, 1000),
-)
-@examples(60)
-def test_all_variants_agree_to_the_last_bit(
-    rows: int,
-    groups: int,
-    group: int,
-    ragged: int,
-    outliers: int,
-    tokens: int,
-    kind: Any,
-    balance: str,
-    clip: float,
-    spread: str,
-    threads: int,
-    seed: int,
-) -> None:
-    normal = max(1, groups * group - ragged)
-    matrix = a_matrix(rows, normal + outliers, outliers, group, kind, seed)
-    x = spread_out(gaussian(tokens, matrix.columns, seed=seed), spread)
-    results = {}
-    before = torch.get_num_threads()
-    try:
-        for name in VARIANTS:
-            module.choose(name)
-            torch.set_num_threads(threads if name != "scalar" else 1)
-            results[name] = call(x, matrix, balance, clip)
-            alone = call(x[-1:], matrix, balance, clip)
-            assert torch.equal(alone[0], results[name][-1]), "a token's result depends on its neighbours"
-    finally:
-        torch.set_num_threads(before)
-        restore()
-    for name, found in results.items():
-        assert torch.equal(found, results["scalar"]), name
 
 
 @needs_native
@@ -163,13 +41,7 @@ def test_quantizer_is_the_one_in_torch(
     normal, tokens = groups * group - ragged, 4
     x = spread_out(gaussian(tokens, normal + outliers, seed=seed), spread)
     expected = quantize_groups(x[:, :normal], group, ActivationRecipe(balance=balance, clip=clip))
-    results = []
-    try:
-        for name in VARIANTS:
-            module.choose(name)
-            results.append(run_quantizer(x, outliers, group, balance, clip))
-    finally:
-        restore()
+    results = list(on_every_variant(lambda: run_quantizer(x, outliers, group, balance, clip)).values())
     for found in results:
         for one, other in zip(found, results[0], strict=True):
             assert torch.equal(one, other)
@@ -207,17 +79,6 @@ def run_quantizer(x: Tensor, outliers: int, group: int, balance: str, clip: floa
     return out[:-1]
 
 
-@pytest.mark.parametrize("name", EXTREMES)
-@pytest.mark.parametrize("balance", BALANCES)
-def test_extreme_inputs(backend: str, name: str, balance: Any) -> None:
-    matrix = CodebookMatrix(**{**vars(a_matrix(40, 150, 6, 64)), "permutation": None})
-    x = EXTREMES[name](gaussian(4, 150, seed=8))
-    expected = quantized_linear(x, matrix, ActivationRecipe(balance=balance))
-    found = call(x, matrix, balance).double()
-    size = float(x.double().abs().max() * 150 * matrix.dequantize().abs().max()) + 1e-12
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * size)
-
-
 @needs_native
 def test_extreme_levels_are_exact() -> None:
     """Counts, their products and sums at their bounds: nothing saturates, in any variant."""
@@ -232,75 +93,9 @@ def test_extreme_levels_are_exact() -> None:
     x = torch.cat([torch.zeros(1, 512), torch.full((1, 512), 15.0)])
     x[:, ::256] = torch.tensor([[15.0], [0.0]])  # codes 15 in one channel a group, and in all but one
     expected = x.double() @ matrix.dequantize().double().T  # integers below 2**24: fp32 is exact
-    try:
-        for name in VARIANTS:
-            module.choose(name)
-            for balance in BALANCES:
-                assert torch.equal(call(x, matrix, balance).double(), expected), name
-    finally:
-        restore()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("channel", [0, 149])
-@pytest.mark.parametrize("balance", BALANCES)
-def test_what_is_not_finite_stays_visible(backend: str, value: float, channel: int, balance: str) -> None:
-    matrix = CodebookMatrix(**{**vars(a_matrix(40, 150, 6, 64)), "permutation": None})
-    x = gaussian(3, 150, seed=3)
-    x[1, channel] = value
-    found = call(x, matrix, balance)
-    assert bool(found[1].isnan().all())
-    assert bool(found[[0, 2]].isfinite().all())
-
-
-def test_the_op_passes_opcheck(backend: str) -> None:
-    matrix = a_matrix(32, 100, 4, 32)
-    packed, order = planes.pack(matrix), matrix.permutation
-    assert order is not None
-    for tokens, balance in ((1, "support"), (5, "none")):
-        arguments = (gaussian(tokens, 100), packed, order.to(torch.int32), gaussian(32), 32, 4, 32, 1.0, balance)
-        torch.library.opcheck(plane_ops.site_planes, arguments)
-
-
-def test_compile_and_export(backend: str) -> None:
-    packed = planes.pack(a_matrix(32, 100, 4, 32))
-
-    class Layer(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = plane_ops.site_planes(torch.tanh(x), packed, None, None, 32, 4, 32, 0.9, "literal")
-            return y.relu()
-
-    x = gaussian(2, 3, 100)
-    expected = Layer()(x)
-    assert torch.equal(torch.compile(Layer(), fullgraph=True, backend="aot_eager")(x), expected)
-    assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), expected)
-
-
-def test_what_does_not_fit_is_refused(backend: str) -> None:
-    packed, x = planes.pack(a_matrix(20, 100, 4, 32)), gaussian(2, 100)
-
-    def run(x: Tensor, packed: Tensor, order: Any = None, bias: Any = None, group: int = 32, b: str = "none") -> None:
-        plane_ops.site_planes(x, packed, order, bias, 20, 4, group, 1.0, b)
-
-    with pytest.raises(ValueError, match="packed weights"):
-        run(x, packed[:-1])
-    with pytest.raises(ValueError, match="packed weights"):
-        run(x[:, :-40], packed)
-    with pytest.raises(ValueError, match="64 divides"):
-        run(x, torch.cat([packed, packed])[1 : 1 + len(packed)])
-    with pytest.raises(ValueError, match="order must be"):
-        run(x, packed, order=torch.arange(100))
-    with pytest.raises(ValueError, match="bias must be"):
-        run(x, packed, bias=gaussian(21))
-    with pytest.raises(ValueError, match="float32"):
-        run(x.double(), packed)
-    with pytest.raises(ValueError, match="balance must be one of support, literal, none; found 'fair'"):
-        run(x, packed, b="fair")
-    with pytest.raises(ValueError, match="multiple of 8; found 12"):
-        run(x, packed, group=12)
-    three = random_matrix(4, 100, 32, "free", 4, 0, True, bits=3)
-    with pytest.raises(ValueError, match="2-bit"):
-        planes.pack(three)
+    for balance in BALANCES:
+        for name, found in on_every_variant(partial(Product(planes, balance), x, matrix)).items():
+            assert torch.equal(found.double(), expected), name
 
 
 @needs_native
@@ -314,3 +109,11 @@ def test_a_variant_of_the_byte_kernels_has_one_here() -> None:
         assert module.chosen_planes() == "scalar"
     finally:
         restore()
+
+
+def test_balances_and_groups_that_do_not_exist_are_refused(backend: str) -> None:
+    packed, x = planes.pack(a_matrix(20, 100, 4, 32)), gaussian(2, 100)
+    with pytest.raises(ValueError, match="balance must be one of support, literal, none; found 'fair'"):
+        plane_ops.site_planes(x, packed, None, None, 20, 4, 32, 1.0, "fair")
+    with pytest.raises(ValueError, match="multiple of 8; found 12"):
+        plane_ops.site_planes(x, packed, None, None, 20, 4, 12, 1.0, "none")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers import SOLVERS, factorize, output_error
-from bitwright.solvers.feedback import find_levels, solve_rows
+from bitwright.solvers.feedback import find_levels, find_levels_reference, solve_rows
 from bitwright.solvers.levels import GridLevels
 from bitwright.transforms import channel_order
 
@@ -191,7 +191,8 @@ def test_solvers_by_name(method: str) -> None:
 
 
 @pytest.mark.parametrize("levels", ["em", "dp", "minmax", "uniform"])
-def test_find_levels_goes_by_the_recipe(levels: Any) -> None:
+@pytest.mark.parametrize("find_levels", [find_levels, find_levels_reference])
+def test_find_levels_goes_by_the_recipe(find_levels: Any, levels: Any) -> None:
     block, h = gaussian(3, 16, seed=18), gaussian(16, seed=19).abs()
     recipe = WeightRecipe(levels=levels, em_iterations=2)
     grid = find_levels(block, h, recipe)

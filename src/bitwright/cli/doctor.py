@@ -18,7 +18,7 @@ def command(as_json: options.AsJson = False) -> None:
     import torch
     import transformers
 
-    from bitwright.runtime.native import REFERENCE, VARIABLE, missing, native
+    from bitwright.native import REFERENCE, VARIABLE, missing, native
     from bitwright.runtime.selftest import self_test, variants
 
     module: Any = native()

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError
 from bitwright.evaluation.shapes import random_tiles
+from bitwright.native import native
 from bitwright.recipe import outlier_count
 from bitwright.runtime import ops
-from bitwright.runtime.native import native
 from bitwright.runtime.tiles import Geometry
 
 MEMORY = 256 << 20  # bytes that weights rotate through

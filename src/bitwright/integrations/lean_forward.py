@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from bitwright.native import native
 from bitwright.runtime import ops
 from bitwright.runtime.decoder import Decoder
 from bitwright.runtime.kv_cache import QuantizedKVCache
-from bitwright.runtime.native import native
 
 
 def use_lean_forward(model: Any) -> bool:

@@ -1,5 +1,12 @@
-"""What runs: the packed linear and the quantized key-value cache."""
+"""What runs: the packed linear, the quantized key-value cache, and the ops `torch.ops.bitwright` (schemas.py)."""
 
+from bitwright.runtime import activation_ops as activation_ops
+from bitwright.runtime import attention_ops as attention_ops
+from bitwright.runtime import block_ops as block_ops
+from bitwright.runtime import hadamard_ops as hadamard_ops
+from bitwright.runtime import ops as ops
+from bitwright.runtime import plane_ops as plane_ops
+from bitwright.runtime import solver_ops as solver_ops
 from bitwright.runtime.kv_cache import QuantizedKVCache as QuantizedKVCache
 from bitwright.runtime.linear import QuantizedLinear as QuantizedLinear
 from bitwright.runtime.linear import dense_weights as dense_weights

@@ -1,8 +1,8 @@
 """Ops on the quantized cache: append to it, and attend to it without dequantizing it whole.
 
 Both work on records (bitwright.runtime.kv_cache) in a buffer that is allocated once, uint8 [heads, capacity, bytes],
-so that a decode step neither copies nor decodes what is cached already. Schema, fake kernel, native and reference
-kernel as in bitwright.runtime.ops.
+so that a decode step neither copies nor decodes what is cached already. Native and reference kernels; the
+schemas stand in schemas.py.
 """
 
 from __future__ import annotations
@@ -10,16 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitwright.native import native
 from bitwright.runtime.kv_cache import decode, encode, record_bytes
-from bitwright.runtime.native import native
-
-_library = torch.library.Library("bitwright", "FRAGMENT")
-
-_library.define("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
-_library.define(
-    "kv_attention(Tensor queries, Tensor keys, Tensor values, SymInt length, float scale, int window, int bits)"
-    " -> Tensor"
-)
+from bitwright.runtime.schemas import kernel
 
 
 def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
@@ -40,6 +33,7 @@ def _check_states(name: str, states: Tensor) -> None:
         raise ValueError(f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}")
 
 
+@kernel("kv_append")
 def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:
     """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
 
@@ -74,14 +68,7 @@ def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> Non
     )
 
 
-_library.impl("kv_append", _kv_append, "CPU")
-
-
-@torch.library.register_fake("bitwright::kv_append", lib=_library)
-def _kv_append_fake(records: Tensor, states: Tensor, position: int, bits: int) -> None:
-    return None
-
-
+@kernel("kv_attention")
 def _kv_attention(
     queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
 ) -> Tensor:
@@ -148,17 +135,6 @@ def _kv_attention_reference(
         seen &= key > query - window
     y = torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=seen, scale=scale)
     return y.transpose(0, 1).contiguous()
-
-
-_library.impl("kv_attention", _kv_attention, "CPU")
-
-
-@torch.library.register_fake("bitwright::kv_attention", lib=_library)
-def _kv_attention_fake(
-    queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
-) -> Tensor:
-    heads_q, tokens, head_dim = queries.shape
-    return queries.new_empty((tokens, heads_q, head_dim))
 
 
 kv_append = torch.ops.bitwright.kv_append.default

@@ -2,8 +2,8 @@
 
 At one token each of them is a handful of torch ops of some thousand numbers, whose calls cost more than their
 arithmetic. (The gated activation is not here: torch's silu and product are as fast.) Rows do not touch each other, and
-results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Schema, fake kernel,
-native and reference kernel as in bitwright.runtime.ops.
+results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Native and
+reference kernels; the schemas stand in schemas.py.
 """
 
 from __future__ import annotations
@@ -11,23 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.runtime.native import native
-
-_library = torch.library.Library("bitwright", "FRAGMENT")
-
-_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-_library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+from bitwright.native import native
+from bitwright.runtime.schemas import kernel, require_float32
 
 
-def _require_float32(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32; found {tensor.dtype}")
-
-
+@kernel("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x fp32 [..., width], weight fp32 [width] -> weight * x / sqrt(mean(x^2) + eps), as LlamaRMSNorm."""
-    _require_float32(x=x, weight=weight)
+    require_float32(x=x, weight=weight)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1] if x.dim() else 1}]; found {list(weight.shape)}")
     module = native()
@@ -43,21 +34,14 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-_library.impl("rms_norm", _rms_norm, "CPU")
-
-
-@torch.library.register_fake("bitwright::rms_norm", lib=_library)
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
+@kernel("rope")
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x fp32 [tokens, heads, head_dim], cos and sin fp32 [tokens, head_dim] -> x rotated, contiguous.
 
     The half-split rotation of transformers' apply_rotary_pos_emb: x cos + (-second half, first half) sin. `x` may be a
     view into a wider tensor, as long as head_dim is contiguous.
     """
-    _require_float32(x=x, cos=cos, sin=sin)
+    require_float32(x=x, cos=cos, sin=sin)
     if x.dim() != 3 or x.shape[2] % 2:
         raise ValueError(f"x must be [tokens, heads, head_dim] with an even head_dim; found {list(x.shape)}")
     tokens, heads, head_dim = x.shape
@@ -84,14 +68,6 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return y
-
-
-_library.impl("rope", _rope, "CPU")
-
-
-@torch.library.register_fake("bitwright::rope", lib=_library)
-def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 rms_norm = torch.ops.bitwright.rms_norm.default

@@ -1,4 +1,4 @@
-"""The Hadamard transform as an op: schema, fake kernel, native and reference kernel as in bitwright.runtime.ops."""
+"""The Hadamard transform as an op: native and reference kernel; the schema stands in schemas.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from bitwright.runtime.native import native
-
-_library = torch.library.Library("bitwright", "FRAGMENT")
-
-_library.define("hadamard(Tensor x, int block) -> Tensor")
+from bitwright.native import native
+from bitwright.runtime.schemas import kernel
 
 
 def _check(x: Tensor, block: int) -> None:
@@ -23,6 +20,7 @@ def _check(x: Tensor, block: int) -> None:
         raise ValueError(f"{x.shape[-1]} columns are no multiple of blocks of {block}")
 
 
+@kernel("hadamard")
 def _hadamard(x: Tensor, block: int) -> Tensor:
     """x fp32 [..., columns] -> the same shape, each `block` consecutive columns times H / sqrt(block).
 
@@ -48,14 +46,6 @@ def _hadamard_reference(x: Tensor, block: int) -> Tensor:
         y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         distance *= 2
     return y
-
-
-_library.impl("hadamard", _hadamard, "CPU")
-
-
-@torch.library.register_fake("bitwright::hadamard", lib=_library)
-def _hadamard_fake(x: Tensor, block: int) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 hadamard = torch.ops.bitwright.hadamard.default

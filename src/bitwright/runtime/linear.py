@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bitwright.activations import quantize_site
 from bitwright.artifact.layout import LayerSpec, layer_shapes
 from bitwright.codebook import CodebookMatrix
+from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime import ops, plane_ops, planes, tiles
-from bitwright.runtime.native import native
 from bitwright.runtime.tiles import STORED
 
 
@@ -144,6 +144,10 @@ class QuantizedLinear(nn.Module):
             if hasattr(self, name):
                 setattr(self, name, None)
         self.packed = packed
+        # Those that are None behind the others: torch.export (of torch 2.13) miscounts a root module's buffers where
+        # one that is there follows one that is not.
+        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[name] = self._buffers.pop(name)
 
     def unpack(self) -> None:
         """Undo `pack`."""

@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.bitwright`: schemas, fake kernels, and for each a native and a reference kernel.
+"""The kernels of the quantized linear and of the dense head, native and reference; their schemas stand in schemas.py.
 
 The native kernels get addresses and sizes of tensors that are checked here; they know no torch. The reference kernels
 are torch code on the same packed bytes, for machines without a compiler and as a second opinion in the tests.
@@ -13,18 +13,10 @@ from torch import Tensor
 
 from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
+from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.native import native
+from bitwright.runtime.schemas import kernel, require_float32
 from bitwright.runtime.tiles import Geometry, unpack
-
-_library = torch.library.Library("bitwright", "DEF")
-
-_library.define(
-    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip)"
-    " -> Tensor"
-)
-_library.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
-_library.define("dequantize(Tensor packed, int rows, int columns, int outliers, int group) -> Tensor")
 
 
 def cut(clip: float) -> float:
@@ -42,17 +34,21 @@ def _check_packed(packed: Tensor, geometry: Geometry) -> None:
         raise ValueError("packed weights must begin at an address that 64 divides")
 
 
+def check_inputs(x: Tensor, order: Tensor | None, columns: int) -> None:
+    require_float32(x=x)
+    if order is not None and (order.dtype != torch.int32 or order.shape != (columns,)):
+        raise ValueError(f"order must be int32 [{columns}]; found {order.dtype} {list(order.shape)}")
+
+
 def check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry) -> None:
     """What the native kernel relies on; raises ValueError."""
     _check_packed(packed, geometry)
-    if x.dtype != torch.float32:
-        raise ValueError(f"x must be float32; found {x.dtype}")
-    if order is not None and (order.dtype != torch.int32 or order.shape != (geometry.columns,)):
-        raise ValueError(f"order must be int32 [{geometry.columns}]; found {order.dtype} {list(order.shape)}")
+    check_inputs(x, order, geometry.columns)
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (geometry.rows,)):
         raise ValueError(f"bias must be float32 [{geometry.rows}]; found {bias.dtype} {list(bias.shape)}")
 
 
+@kernel("site_linear")
 def _site_linear(
     x: Tensor,
     packed: Tensor,
@@ -140,23 +136,7 @@ def _dense(stored: dict[str, Tensor], geometry: Geometry) -> Tensor:
     return matrix.dequantize_site_order()
 
 
-_library.impl("site_linear", _site_linear, "CPU")
-
-
-@torch.library.register_fake("bitwright::site_linear", lib=_library)
-def _site_linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    order: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    outliers: int,
-    group: int,
-    clip: float,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
-
-
+@kernel("dense_linear")
 def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x fp32 [..., columns], weight bfloat16 [rows, columns] -> fp32 [..., rows], products summed in fp32."""
     if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.shape[-1] != weight.shape[1]:
@@ -175,14 +155,7 @@ def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-_library.impl("dense_linear", _dense_linear, "CPU")
-
-
-@torch.library.register_fake("bitwright::dense_linear", lib=_library)
-def _dense_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
+@kernel("dequantize")
 def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
     """Packed weights of a site -> fp32 [rows, columns] in site order, exact."""
     geometry = Geometry(rows, columns, outliers, group)
@@ -194,14 +167,6 @@ def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: i
     sizes = (rows, columns, outliers, group)
     module.unpack(packed.data_ptr(), *sizes, 0, rows, weights.data_ptr(), torch.get_num_threads())
     return weights
-
-
-_library.impl("dequantize", _dequantize, "CPU")
-
-
-@torch.library.register_fake("bitwright::dequantize", lib=_library)
-def _dequantize_fake(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
-    return packed.new_empty((rows, columns), dtype=torch.float32)
 
 
 site_linear = torch.ops.bitwright.site_linear.default

@@ -1,4 +1,4 @@
-"""The op of the boolean product, `torch.ops.bitwright.site_planes`: schema, fake kernel, native and reference kernel.
+"""The op of the boolean product, `site_planes`: native and reference kernel; the schema stands in schemas.py.
 
 Where `site_linear` (ops.py) needs plane values 2^a mu, this takes every balance of the recipe exactly: integer counts
 of q, m and q AND m in each bit plane of the input (BWA, eq. 5 to 7), then one fp32 step a group.
@@ -11,20 +11,14 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.native import native
 from bitwright.runtime.ops import check, run_site, site_reference
 from bitwright.runtime.planes import PlaneGeometry, unpack
+from bitwright.runtime.schemas import kernel
 
 BALANCES: tuple[str, ...] = get_args(ActivationRecipe.model_fields["balance"].annotation)
 _NATIVE = ("none", "support", "literal")  # the numbers of csrc/planes/planes.h
-
-_library = torch.library.Library("bitwright", "FRAGMENT")
-
-_library.define(
-    "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
-    " str balance) -> Tensor"
-)
 
 
 def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> PlaneGeometry:
@@ -35,6 +29,7 @@ def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> 
     return PlaneGeometry(rows, x.shape[-1], outliers, group)
 
 
+@kernel("site_planes")
 def _site_planes(
     x: Tensor,
     packed: Tensor,
@@ -58,25 +53,6 @@ def _site_planes(
         recipe = ActivationRecipe(bits=4, balance=cast(Any, balance), clip=clip)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
     return run_site(module.site_planes, x, packed, order, bias, geometry, clip, _NATIVE.index(balance))
-
-
-_library.impl("site_planes", _site_planes, "CPU")
-
-
-@torch.library.register_fake("bitwright::site_planes", lib=_library)
-def _site_planes_fake(
-    x: Tensor,
-    packed: Tensor,
-    order: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    outliers: int,
-    group: int,
-    clip: float,
-    balance: str,
-) -> Tensor:
-    _geometry(x, rows, outliers, group, balance)
-    return x.new_empty((*x.shape[:-1], rows))
 
 
 site_planes = torch.ops.bitwright.site_planes.default

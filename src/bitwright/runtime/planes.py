@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix, Kind
+from bitwright.native import native
 from bitwright.packing import pack_planes, unpack_plane
 from bitwright.runtime import tiles
-from bitwright.runtime.native import native
 from bitwright.runtime.tiles import TILE_ROWS
 
 _SCALES, _SUMS = 128, 192

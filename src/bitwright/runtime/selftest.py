@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
+from bitwright.native import find
 from bitwright.packing import pack_planes
 from bitwright.runtime import ops, plane_ops, planes, tiles
-from bitwright.runtime.native import find
 
 SCALAR = "scalar"
 

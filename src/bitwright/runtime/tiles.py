@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix, Kind, group_count
+from bitwright.native import native
 from bitwright.packing import pack_planes
-from bitwright.runtime.native import native
 
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
 STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")

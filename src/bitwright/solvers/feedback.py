@@ -28,7 +28,18 @@ from bitwright.solvers.levels import (
 
 
 def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
-    """Levels of one block of current weights fp32 [rows, width] by the recipe's search."""
+    """Levels of one block of weights fp32 [rows, width], importance fp32 [width], by the recipe's search.
+
+    The native kernels do it where they are there and the tensors are what they read; `find_levels_reference` does it
+    anywhere.
+    """
+    if native.available(block, importance):
+        return native.find_levels(block, importance, recipe)
+    return find_levels_reference(block, importance, recipe)
+
+
+def find_levels_reference(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
+    """`find_levels` in torch, for any dtype: the oracle of the native code."""
     if recipe.levels == "uniform":
         return uniform_grid(block, recipe.bits)
     if recipe.levels == "minmax":
@@ -93,7 +104,7 @@ def solve_rows_reference(weights: Tensor, factor: Factor, outliers: int, recipe:
     for start in range(0, normal, recipe.group):
         stop = min(start + recipe.group, normal)
         block = work[:, start:stop]
-        grid = find_levels(block, factor.importance[start:stop], recipe)
+        grid = find_levels_reference(block, factor.importance[start:stop], recipe)
         ranks, error = assign(block, grid.values(), factor.upper[start:stop, start:stop], recipe.feedback)
         if recipe.feedback != "none" and stop < reach:
             work[:, stop:reach] -= error @ factor.upper[start:stop, stop:reach]

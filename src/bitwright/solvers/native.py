@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix, Kind, matrix_shapes
+from bitwright.native import native
 from bitwright.recipe import WeightRecipe
-from bitwright.runtime.native import native
+from bitwright.solvers.levels import GridLevels
 
 if TYPE_CHECKING:
     from bitwright.solvers.hessian import Factor
@@ -50,14 +51,7 @@ def solve_rows(
     weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe, threads: int | None = None
 ) -> CodebookMatrix:
     """As `feedback.solve_rows`; fp32 on the CPU. Raises ValueError for shapes that do not go together."""
-    rows, columns = weights.shape
-    if factor.upper.shape != (columns, columns) or factor.importance.shape != (columns,):
-        raise ValueError(
-            f"weights with {columns} columns need a factor [{columns}, {columns}] and as many importances;"
-            f" found {list(factor.upper.shape)} and {list(factor.importance.shape)}"
-        )
-    if factor.dead.shape != (columns,) or factor.dead.dtype != torch.bool or not 0 <= outliers < columns:
-        raise ValueError(f"of {columns} columns, {list(factor.dead.shape)} dead and {outliers} outliers make no sense")
+    rows, columns = check_rows(weights, factor, outliers)
     weights, upper, importance, dead = (
         tensor.contiguous() for tensor in (weights.detach(), factor.upper, factor.importance, factor.dead)
     )
@@ -100,12 +94,57 @@ def solve_rows(
     )
 
 
+def check_rows(weights: Tensor, factor: Factor, outliers: int) -> tuple[int, int]:
+    """Rows and columns of weights that go with such a factor; ValueError where they do not."""
+    if weights.dim() != 2:
+        raise ValueError(f"weights must be [rows, columns]; found {list(weights.shape)}")
+    rows, columns = weights.shape
+    if factor.upper.shape != (columns, columns) or factor.importance.shape != (columns,):
+        raise ValueError(
+            f"weights with {columns} columns need a factor [{columns}, {columns}] and as many importances;"
+            f" found {list(factor.upper.shape)} and {list(factor.importance.shape)}"
+        )
+    if factor.dead.shape != (columns,) or factor.dead.dtype != torch.bool or not 0 <= outliers < columns:
+        raise ValueError(f"of {columns} columns, {list(factor.dead.shape)} dead and {outliers} outliers make no sense")
+    return rows, columns
+
+
+def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe, threads: int | None = None) -> GridLevels:
+    """As `feedback.find_levels`; fp32 on the CPU. Raises ValueError for shapes that do not go together."""
+    rows, width = check_block(block, importance)
+    block, importance = block.detach().contiguous(), importance.contiguous()
+    integers = torch.empty((rows, 2**recipe.bits), dtype=torch.int8)
+    scale, zero = torch.empty(rows, dtype=torch.float16), torch.empty(rows, dtype=torch.uint8)
+    native().find_levels(
+        block.data_ptr(),
+        importance.data_ptr(),
+        rows,
+        width,
+        SEARCHES.index(recipe.levels),
+        recipe.bits,
+        recipe.em_iterations,
+        integers.data_ptr(),
+        scale.data_ptr(),
+        zero.data_ptr(),
+        threads or torch.get_num_threads(),
+    )
+    return GridLevels(integers, scale, zero if recipe.levels == "uniform" else None)
+
+
+def check_block(block: Tensor, importance: Tensor) -> tuple[int, int]:
+    """Rows and width of a block that goes with such importances; ValueError where they do not."""
+    if block.dim() != 2 or block.shape[1] < 1 or importance.shape != block.shape[1:]:
+        raise ValueError(
+            f"a block [rows, width] needs an importance for each of its columns, at least one;"
+            f" found {list(block.shape)} and {list(importance.shape)}"
+        )
+    return block.shape[0], block.shape[1]
+
+
 def real_levels(module: Any, search: str, block: Tensor, importance: Tensor, bits: int, iterations: int = 20) -> Tensor:
     """`em_levels`, `dp_levels` or `minmax_levels` by the native code, fp32 [rows, 2**bits] ascending; for the tests."""
     block, importance = block.float().contiguous(), importance.float().contiguous()
-    rows, width = block.shape
-    if importance.shape != (width,):
-        raise ValueError(f"a block of {width} columns needs as many importances; found {list(importance.shape)}")
+    rows, width = check_block(block, importance)
     levels = torch.empty(rows, 2**bits)
     number = SEARCHES.index(search)
     addresses = (block.data_ptr(), importance.data_ptr())
