@@ -7,8 +7,8 @@ orthogonal rows, so H_n / sqrt(n) is symmetric and orthogonal: it is its own inv
 
 Which factors are taken is part of what an artifact means: a size must give the same matrix in every version.
 
-QuaRot (NeurIPS 2024, section 3) has a fixed list of small matrices; GBS (arXiv 2504.13989, section 4) builds Paley's for
-prime orders alone. Prime powers and products of several dense factors serve more sizes, with smaller factors.
+QuaRot (NeurIPS 2024, section 3) has a fixed list of small matrices; GBS (arXiv 2504.13989, section 4) builds Paley's
+for prime orders alone. Prime powers and products of several dense factors serve more sizes, with smaller factors.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
 With chi the quadratic character of GF(q) (1 for squares, -1 for the others, 0 for zero):
 
 - construction I, order q + 1, q = 3 mod 4: a border of ones around chi(a + b), with -1 where a + b = 0;
-- construction II, order 2 (q + 1), q = 1 mod 4: C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]] with C the border of
-  ones around chi(a - b), symmetric because -1 is a square, zero on the diagonal.
+- construction II, order 2 (q + 1), q = 1 mod 4: C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]] with C the border
+  of ones around chi(a - b), symmetric because -1 is a square, zero on the diagonal.
 
-The first is usually written with chi(a - b) and a border of both signs; permuting and negating rows gives this one. The point of it: H equals its transpose, so that H / sqrt(n) is its own inverse, like Sylvester's, and one transform
-serves both ways. Two orders can be built in both ways (12 from 11 and 5); construction I goes first.
+The first is usually written with chi(a - b) and a border of both signs; permuting and negating rows gives this one. The
+point of it: H equals its transpose, so that H / sqrt(n) is its own inverse, like Sylvester's, and one transform serves
+both ways. Where both constructions give an order (12 from 11 and from 5), the first is taken.
 
 Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
 """
