@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bind_decoder.h"
+#include "bind_grouping.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
@@ -111,6 +112,7 @@ NB_MODULE(_native, m) {
                   threads);
   });
   bind_decoder(m, [] { return variant().decoder; });
+  bind_grouping(m);
   m.def("chosen_planes", [] { return std::string(planes().name); });
   m.def("plane_bytes", [](int64_t rows, int64_t columns, int64_t outliers, int64_t group) {
     return plane_bytes(Geometry{rows, columns, outliers, group});

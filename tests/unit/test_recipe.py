@@ -113,7 +113,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"bits": "2"}}, "weights.bits = '2'", "valid integer"),
     ({"weights": {"bits": True}}, "weights.bits = True", "valid integer"),
     ({"weights": {"bits": 2.0}}, "weights.bits = 2.0", "valid integer"),
-    ({"weights": {"bits": 5}}, "weights.bits = 5", "less than or equal to 4"),
+    ({"weights": {"bits": 5}}, "bits = 5 is for method 'wgm' alone", "write a number from 1 to 4"),
+    ({"weights": {"bits": 9}}, "weights.bits = 9", "less than or equal to 8"),
+    ({"weights": {"levels": "greedy"}}, "levels = 'greedy' is for method 'wgm' alone", "write levels = 'em' or 'dp'"),
+    ({"weights": {"method": "wgm"}}, "method 'wgm'", "write levels = 'windowed', 'greedy' or 'dp' and feedback"),
+    (
+        {"weights": {"method": "wgm", "levels": "dp", "feedback": "column"}},
+        "feedback = 'column'",
+        "and feedback = 'none'",
+    ),
+    ({"weights": {"window": 0}}, "weights.window = 0", "greater than or equal to 1"),
+    ({"weights": {"penalty": -0.1}}, "weights.penalty = -0.1", "greater than or equal to 0"),
+    ({"weights": {"penalty": float("inf")}}, "weights.penalty = inf", "finite number"),
     ({"weights": {"bits": 0}}, "weights.bits = 0", "greater than or equal to 1"),
     ({"weights": {"levels": "kmeans"}}, "weights.levels = 'kmeans'", "'em', 'dp', 'minmax' or 'uniform'"),
     ({"weights": {"feedback": None}}, "weights.feedback = None", "'none', 'block-diag', 'block-tri' or 'column'"),
@@ -175,7 +186,7 @@ def test_options_replace_keys() -> None:
         ({"weights.outliers.x": 3}, "no key 'weights.outliers.x'"),
         ({"zzz.x": 3}, "no key 'zzz.x'; the keys there are name, weights, activations, kv, calibration"),
         ({"": 3}, "no key ''"),
-        ({"weights.bits": 7}, "weights.bits = 7: input should be less than or equal to 4"),
+        ({"weights.bits": 9}, "weights.bits = 9: input should be less than or equal to 8"),
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, Any], message: str) -> None:

@@ -201,7 +201,7 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPla
                 columns=linear.columns,
                 bits=recipe.weights.bits,
                 group=recipe.weights.group,
-                kind="uniform" if recipe.weights.levels == "uniform" else "free",
+                kind=recipe.weights.kind,
                 outliers=outliers,
                 bias=linear.bias,
                 permutation=f"{prefix}.{site.leader.name}" if moves else None,
