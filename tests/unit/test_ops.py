@@ -67,7 +67,7 @@ SITES = [
 
 
 @pytest.mark.parametrize("shape", SITES)
-@pytest.mark.parametrize("kind", ["free", "uniform"])
+@pytest.mark.parametrize("kind", ["free", "uniform", "shared"])
 def test_packing_keeps_every_bit(backend: str, shape: Any, kind: Any) -> None:
     matrix = a_matrix(*shape, kind=kind)
     g, packed = tiles.geometry_of(matrix), tiles.pack(matrix)
@@ -114,7 +114,7 @@ def test_linears_of_a_site_in_one_call(backend: str) -> None:
     ragged=st.integers(0, 7),
     outliers=st.sampled_from([0, 0, 1, 3, 16, 33]),
     tokens=st.sampled_from([1, 2, 3, 5, 8, 9, 12, 17, 97, 110]),
-    kind=st.sampled_from(["free", "uniform"]),
+    kind=st.sampled_from(["free", "uniform", "shared"]),
     spread=st.sampled_from(["normal", "positive", "negative", "huge", "tiny", "equal", "mixed"]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),

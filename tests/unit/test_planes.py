@@ -58,7 +58,7 @@ SITES = [
 
 
 @pytest.mark.parametrize("shape", SITES)
-@pytest.mark.parametrize("kind", ["free", "uniform"])
+@pytest.mark.parametrize("kind", ["free", "uniform", "shared"])
 def test_packing_keeps_every_bit(backend: str, shape: Any, kind: Any) -> None:
     matrix = a_matrix(*shape, kind=kind)
     g, packed = planes.geometry_of(matrix), planes.pack(matrix)
@@ -104,7 +104,7 @@ SPREADS = st.sampled_from(["normal", "positive", "negative", "huge", "tiny", "eq
     ragged=st.integers(0, 7),
     outliers=st.sampled_from([0, 0, 1, 3, 16, 33]),
     tokens=st.sampled_from([1, 2, 3, 5, 8, 9, 12, 17, 97, 110]),
-    kind=st.sampled_from(["free", "uniform"]),
+    kind=st.sampled_from(["free", "uniform", "shared"]),
     balance=st.sampled_from(BALANCES),
     clip=st.sampled_from([1.0, 0.85]),
     spread=SPREADS,
