@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class Magnitudes:
     counts: Integers
 
     @classmethod
-    def of(cls, entries: Reals) -> Magnitudes:
+    def of(cls, entries: NDArray[np.floating[Any]]) -> Magnitudes:
         """From the entries themselves, in any order and of any sign."""
         values, counts = np.unique(np.abs(entries), return_counts=True)
         return cls(values.astype(np.float64), counts.astype(np.int64))

@@ -73,7 +73,7 @@ def magnitudes_of(weights: Tensor) -> Magnitudes:
     Numbers of 16 bits are counted by their pattern, others sorted: see `compact`.
     """
     if not _short(weights):
-        return _finite(Magnitudes.of(weights.detach().double().flatten().numpy()))
+        return _finite(Magnitudes.of(weights.detach().flatten().cpu().numpy()))
     words = weights.detach().contiguous()
     counts = np.zeros(1 << 15, dtype=np.int64)
     module = native()
