@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "address.h"
 #include "bind_decoder.h"
 #include "bind_grouping.h"
 #include "isa.h"
@@ -25,11 +26,6 @@ namespace nb = nanobind;
 using namespace bitwright;
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const Variant* chosen = nullptr;
 

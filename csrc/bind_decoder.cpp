@@ -1,17 +1,10 @@
 #include "bind_decoder.h"
 
+#include "address.h"
+
 namespace nb = nanobind;
 
 namespace bitwright {
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
   m.def("kv_append", [kernels](uintptr_t states, int64_t head_stride, int64_t token_stride, int64_t tokens,

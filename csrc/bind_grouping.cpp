@@ -1,19 +1,11 @@
 #include "bind_grouping.h"
 
+#include "address.h"
 #include "solver/grouping.h"
 
 namespace nb = nanobind;
 
 namespace bitwright {
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_grouping(nb::module_& m) {
   m.def("merge_groups", [](uintptr_t count, uintptr_t mean, uintptr_t error, int64_t size, int64_t groups,

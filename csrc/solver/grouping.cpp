@@ -5,6 +5,8 @@
 #include <queue>
 #include <vector>
 
+#include "partition.h"
+
 namespace bitwright {
 
 namespace {
@@ -24,7 +26,7 @@ struct Later {
   }
 };
 
-// Costs of intervals from prefix sums.
+// Costs of intervals from prefix sums; an empty one is none.
 class Costs {
  public:
   Costs(const double* values, const int64_t* counts, int64_t size, double penalty)
@@ -38,6 +40,7 @@ class Costs {
   }
 
   double operator()(int64_t begin, int64_t end) const {
+    if (begin == end) return std::numeric_limits<double>::infinity();
     const double count = count_[end] - count_[begin], first = first_[end] - first_[begin];
     const double error = second_[end] - second_[begin] - first * first / count;
     return (error > 0.0 ? error : 0.0) + penalty_ / count;
@@ -47,29 +50,6 @@ class Costs {
   std::vector<double> count_, first_, second_;
   double penalty_;
 };
-
-// One row of the table of least costs from the row before. The best begin of the last interval never falls as its end
-// grows, so half of the ends lie on either side of what is found for the middle one.
-void next_row(const Costs& cost, const double* before, double* best, int32_t* choice, int64_t first_end,
-              int64_t last_end, int64_t low, int64_t high) {
-  while (first_end <= last_end) {
-    const int64_t end = (first_end + last_end) / 2;
-    int64_t at = low;
-    double least = std::numeric_limits<double>::infinity();
-    for (int64_t begin = low; begin <= std::min(high, end - 1); ++begin) {
-      const double total = before[begin] + cost(begin, end);
-      if (total < least) {
-        least = total;
-        at = begin;
-      }
-    }
-    best[end] = least;
-    choice[end] = static_cast<int32_t>(at);
-    next_row(cost, before, best, choice, first_end, end - 1, low, at);
-    first_end = end + 1;
-    low = at;
-  }
-}
 
 }  // namespace
 
@@ -123,7 +103,7 @@ void optimal_groups(const double* values, const int64_t* counts, int64_t size, i
   for (int64_t group = 1; group < groups; ++group) {
     before.swap(best);
     std::fill(best.begin(), best.end(), std::numeric_limits<double>::infinity());
-    next_row(cost, before.data(), best.data(), choices.data() + group * (size + 1), group + 1, size, group, size - 1);
+    partition_step(cost, before.data(), best.data(), choices.data() + group * (size + 1), group + 1, size, group, size);
   }
   int64_t end = size;
   for (int64_t group = groups - 1; group >= 0; --group) {
