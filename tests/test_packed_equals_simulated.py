@@ -140,7 +140,7 @@ def noise(label: str, model: Path, artifact: Path, ids: torch.Tensor, record: Re
     assert found <= max(10 * floor, TOLERANCE)
 
 
-@pytest.mark.parametrize("preset", ["bwa", "rtn"])
+@pytest.mark.parametrize("preset", ["bwa", "rtn", "wgm"])
 def test_stories260k(preset: str, shared: Path, tmp_path: Path, record_property: Record) -> None:
     model = shared / "models" / "stories260K"
     content = (shared / "text" / "wikitext2_test.txt").read_text(encoding="utf-8")[:20000]
