@@ -9,7 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "address.h"
 #include "bind_decoder.h"
+#include "bind_grouping.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
@@ -24,11 +26,6 @@ namespace nb = nanobind;
 using namespace bitwright;
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const Variant* chosen = nullptr;
 
@@ -116,6 +113,7 @@ NB_MODULE(_native, m) {
                   threads);
   });
   bind_decoder(m, [] { return variant().decoder; });
+  bind_grouping(m);
   m.def("chosen_planes", [] { return std::string(planes().name); });
   m.def("pack_planes", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
                           uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns,

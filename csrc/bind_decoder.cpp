@@ -1,17 +1,10 @@
 #include "bind_decoder.h"
 
+#include "address.h"
+
 namespace nb = nanobind;
 
 namespace bitwright {
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
   m.def("kv_append", [kernels](uintptr_t states, int64_t head_stride, int64_t token_stride, int64_t tokens,
@@ -30,9 +23,14 @@ void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
                       at<const float>(queries), head_stride, token_stride, group, tokens, length, window, scale};
     kv_attention(kernels(), a, at<float>(y), threads);
   });
-  m.def("hadamard", [kernels](uintptr_t x, uintptr_t y, int64_t blocks, int64_t size, int threads) {
+  m.def("hadamard", [kernels](uintptr_t x, uintptr_t y, int64_t blocks, int64_t size, float factor, int threads) {
     nb::gil_scoped_release free;
-    hadamard(kernels(), at<const float>(x), at<float>(y), blocks, size, threads);
+    hadamard(kernels(), at<const float>(x), at<float>(y), blocks, size, factor, threads);
+  });
+  m.def("signed_sums", [kernels](uintptr_t values, int64_t count, int64_t order, int64_t inner, uintptr_t signs,
+                                 int threads) {
+    nb::gil_scoped_release free;
+    signed_sums(kernels(), at<float>(values), count, order, inner, at<const uint8_t>(signs), threads);
   });
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float eps, uintptr_t y, int64_t rows, int64_t width,
                        int threads) {

@@ -102,12 +102,29 @@ void kv_attention(const DecoderKernels& kernels, const Attention& a, float* y, i
   }
 }
 
-void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t blocks, int64_t size, int threads) {
+void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t blocks, int64_t size, float factor,
+              int threads) {
   const int count = threads_for(threads, blocks, blocks * size);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t part = 0; part < count; ++part) {
     const int64_t first = blocks * part / count, last = blocks * (part + 1) / count;
-    kernels.hadamard(x + first * size, y + first * size, last - first, size);
+    kernels.hadamard(x + first * size, y + first * size, last - first, size, factor);
+  }
+}
+
+void signed_sums(const DecoderKernels& kernels, float* values, int64_t count, int64_t order, int64_t inner,
+                 const uint8_t* signs, int threads) {
+  const int64_t chunks = (inner + kSignedColumns - 1) / kSignedColumns, items = count * chunks;
+  const int used = threads_for(threads, items, count * inner * order * order / 4);
+#pragma omp parallel num_threads(used) if (used > 1)
+  {
+    float* tables = reinterpret_cast<float*>(own_arena.get(order * 4 * kSignedColumns * 4));
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t column = item % chunks * kSignedColumns;
+      kernels.signed_sums(values + item / chunks * order * inner + column, order, inner,
+                          smaller(kSignedColumns, inner - column), signs, tables);
+    }
   }
 }
 

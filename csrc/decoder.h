@@ -69,16 +69,28 @@ AppendFunction append_scalar, append_avx2;
 using AttendFunction = void(const Attention&, const Span&, float* scratch, const Partial&);
 AttendFunction attend_scalar, attend_avx2;
 
-// x [blocks][size] -> y, each block times the Sylvester matrix over sqrt(size); `size` is a power of two. All variants
-// do the same float operations: x / sqrt(size) first, then butterflies of distance 1, 2, 4, ...
-using HadamardFunction = void(const float* x, float* y, int64_t blocks, int64_t size);
+// x [blocks][size] -> y, each block times the Sylvester matrix times `factor`; `size` is a power of two. All variants
+// do the same float operations: x * factor first, then butterflies of distance 1, 2, 4, ...
+using HadamardFunction = void(const float* x, float* y, int64_t blocks, int64_t size, float factor);
 HadamardFunction hadamard_scalar, hadamard_avx2;
+
+// A matrix of 1 and -1 [order][order] times values [order][stride], in place, `width` <= kSignedColumns columns at once.
+//
+// Four rows of values have only 16 signed sums. With all of them in a table (order / 4 of 16 x 16 floats), an output
+// takes one addition for four values, and no multiplication. `signs` [order][order / 4] says which: 16 times the four
+// bits, bit j set where the matrix has -1 at column 4 g + j. All variants do the same float operations: in a table
+// (+-x0 +- x1) + (+-x2 +- x3); then the sum over the groups of four, in order.
+constexpr int64_t kSignedColumns = 16;
+using SignedSumsFunction = void(float* values, int64_t order, int64_t stride, int64_t width, const uint8_t* signs,
+                                float* tables);
+SignedSumsFunction signed_sums_scalar, signed_sums_avx2;
 
 // One instruction set's functions.
 struct DecoderKernels {
   AppendFunction* append;
   AttendFunction* attend;
   HadamardFunction* hadamard;
+  SignedSumsFunction* signed_sums;
 };
 
 // Drivers that share the work among threads; results do not depend on `threads`.
@@ -90,7 +102,11 @@ void kv_append(const DecoderKernels&, const float* states, int64_t head_stride, 
 // y [tokens][heads * group][head_dim]
 void kv_attention(const DecoderKernels&, const Attention&, float* y, int threads);
 
-void hadamard(const DecoderKernels&, const float* x, float* y, int64_t blocks, int64_t size, int threads);
+void hadamard(const DecoderKernels&, const float* x, float* y, int64_t blocks, int64_t size, float factor, int threads);
+
+// values [count][order][inner], each [order][inner] by the matrix of `signs`; order is a multiple of 4.
+void signed_sums(const DecoderKernels&, float* values, int64_t count, int64_t order, int64_t inner,
+                 const uint8_t* signs, int threads);
 
 // For these the compiler's own vectors are as fast as memory and call allow; there is one version.
 

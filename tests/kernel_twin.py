@@ -28,6 +28,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def kernel_linear(x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, bias: Tensor | None) -> Tensor:
     """x fp32 [tokens, columns] in the model's channel order -> fp32 [tokens, rows]."""
+    matrix = matrix.expanded()
+    assert matrix.scales is not None
     if matrix.permutation is not None:
         x = x[:, matrix.permutation]
     normal, group, groups = matrix.normal_columns, matrix.group, matrix.scales.shape[1]

@@ -250,7 +250,7 @@ def edit_json(path: Path, change: Any) -> None:
 # --- an independent simulation of an artifact -----------------------------------------------------------------------
 
 
-TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "U16": torch.uint16}
+TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "U16": torch.uint16, "F32": torch.float32}
 
 
 def as_tensor(entry: Entry) -> Tensor:
@@ -271,9 +271,8 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
         order = None
         if spec["permutation"] is not None:
             order = as_tensor(tensors[f"{spec['permutation']}.permutation"]).to(torch.int64)
-        planes, scales = part("codes"), part("scales")
+        planes = part("codes")
         assert planes is not None
-        assert scales is not None
         matrices[name] = CodebookMatrix(
             rows=spec["rows"],
             columns=spec["columns"],
@@ -281,9 +280,10 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
             group=spec["group"],
             kind=spec["kind"],
             planes=planes,
-            scales=scales,
+            scales=part("scales"),
             levels=part("levels"),
             zeros=part("zeros"),
+            table=part("table"),
             outliers=part("outliers"),
             outlier_scales=part("outlier_scales"),
             permutation=order,

@@ -19,7 +19,7 @@ import support
 from bitwright.runtime import QuantizedKVCache, quantized_linears
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS = ("free", "uniform")
+KINDS = ("free", "uniform", "shared")
 
 Rows = list[list[float]]
 
@@ -67,6 +67,10 @@ class Decoder:
         rows, columns, outliers, group = spec["rows"], spec["columns"], spec["outliers"], spec["group"]
         normal, count = columns - outliers, 2 ** spec["bits"]
         groups = -(-normal // group)
+        if spec["kind"] == "shared":
+            assert outliers == 0
+            table = self.stored(layer, "table", "f", "F32", (count,))
+            return [[table[code] for code in codes] for codes in self.codes(layer)]
         scales = self.stored(layer, "scales", "e", "F16", (rows, groups))
         if spec["kind"] == "free":
             levels = self.stored(layer, "levels", "b", "I8", (rows, groups, count))
@@ -125,7 +129,8 @@ def test_logits(golden: Golden) -> None:
     recipe = model.config.quantization_config.parsed_recipe()
     ids = torch.tensor([expected["ids"]])
     with torch.inference_mode():
-        found = model(ids, past_key_values=QuantizedKVCache(1, recipe.kv), use_cache=True).logits[0]
+        cache = None if recipe.kv is None else QuantizedKVCache(1, recipe.kv)
+        found = model(ids, past_key_values=cache, use_cache=True).logits[0]
     assert float((found - torch.tensor(expected["logits"])).abs().max()) <= 1e-4
 
 
@@ -144,6 +149,13 @@ def test_decoder_from_the_format_alone(golden: Golden) -> None:
         assert hashlib.sha256(raw).hexdigest() == expected["weights_sha256"][name], name
 
 
+BOOKS = {
+    "free": {"scales", "levels", "outliers", "outlier_scales"},
+    "uniform": {"scales", "zeros", "outliers", "outlier_scales"},
+    "shared": {"table"},
+}
+
+
 def test_tensors_are_those_of_the_format(golden: Golden) -> None:
     """No tensor more and none less than the format lists, each in one place."""
     directory, _ = golden
@@ -154,17 +166,15 @@ def test_tensors_are_those_of_the_format(golden: Golden) -> None:
         assert set(spec) == {"rows", "columns", "bits", "group", "kind", "outliers", "bias", "permutation"}
         assert spec["kind"] == kind
         leaders.add(spec["permutation"])
-        parts = {"codes", "scales", "outliers", "outlier_scales", "weight", "levels" if kind == "free" else "zeros"}
+        parts = {"codes", "weight"} | BOOKS[kind]
         parts |= {"bias"} if spec["bias"] else set()
         parts |= {"permutation"} if spec["permutation"] == name else set()
         own = {key.removeprefix(f"{name}.") for key in decoder.tensors if key.startswith(f"{name}.")}
         assert own == parts, name
         sentinel = decoder.tensors[f"{name}.weight"]
         assert (sentinel.dtype, sentinel.shape, sentinel.raw) == ("BF16", (0,), b"")
-    assert leaders == {
-        f"model.layers.0.{leader}"
-        for leader in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-    }
+    moved = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert leaders == ({None} if kind == "shared" else {f"model.layers.0.{leader}" for leader in moved})
     kept = {key for key in decoder.tensors if key.rpartition(".")[0] not in decoder.layers}
     assert kept == {
         "model.embed_tokens.weight",
@@ -184,6 +194,15 @@ def test_levels_of_free_codebooks() -> None:
             by_code = levels[start : start + 4]
             assert by_code[2] <= by_code[0] <= by_code[1] <= by_code[3]
             assert max(abs(level) for level in by_code) == 127
+
+
+def test_shared_tables_are_signs_and_magnitudes() -> None:
+    """Code 2 k is the negative of code 2 k + 1, and magnitudes rise with k."""
+    decoder = Decoder(GOLDEN / "shared")
+    for name, spec in decoder.layers.items():
+        table = numbers("f", decoder.tensors[f"{name}.table"].raw)
+        assert len(table) == 2 ** spec["bits"] == 64
+        assert [-value for value in table[0::2]] == table[1::2] == sorted(map(abs, table[1::2]))
 
 
 def test_safetensors_files_are_written_in_one_way(golden: Golden) -> None:

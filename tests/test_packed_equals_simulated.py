@@ -90,6 +90,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"kv": None}),
     ("llama_biases", "bwa", {"activations.bits": 8, "activations.balance": "none", "kv.bits": 8}),
     ("llama_sharded", "bwa", {"activations.balance": "literal", "weights.feedback": "column"}),
+    ("llama", "wgm", {}),
+    ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
+    # Two bits and quantized inputs: the kernels' tiles hold the shared table.
+    ("llama_biases", "wgm", {"weights.bits": 2, "activations": {"bits": 4, "balance": "none"}, "kv": {"bits": 4}}),
+    ("qwen2", "wgm", {"weights.bits": 2, "weights.outliers": "auto", "activations": {"bits": 4}}),
 ]
 
 
@@ -135,7 +140,7 @@ def noise(label: str, model: Path, artifact: Path, ids: torch.Tensor, record: Re
     assert found <= max(10 * floor, TOLERANCE)
 
 
-@pytest.mark.parametrize("preset", ["bwa", "rtn"])
+@pytest.mark.parametrize("preset", ["bwa", "rtn", "wgm"])
 def test_stories260k(preset: str, shared: Path, tmp_path: Path, record_property: Record) -> None:
     model = shared / "models" / "stories260K"
     content = (shared / "text" / "wikitext2_test.txt").read_text(encoding="utf-8")[:20000]

@@ -133,6 +133,17 @@ def test_json_is_one_object_with_the_same_numbers(models: dict[str, Path]) -> No
     assert all(layer["outliers"] == 8 for layer in said["layers"])
 
 
+def test_wgm_says_what_its_authors_count(models: dict[str, Path]) -> None:
+    """Signs and 32 means of 16 bits a matrix, beside signs, groups and the stored table."""
+    plan = bitwright.plan(models["llama"], bitwright.preset("wgm"))
+    weights = plan.linear_weights
+    assert plan.claimed_bits == pytest.approx((weights + 16 * 32 * len(plan.layers)) / weights)
+    assert plan.linear_bits > plan.claimed_bits + 5
+    assert bitwright.plan(models["llama"], bitwright.preset("bwa")).claimed_bits is None
+    outcome = support.run_cli("plan", models["llama"], "--preset", "wgm")
+    assert f"{plan.claimed_bits:.4f} by the method's own formula" in outcome.out
+
+
 def test_table_names_every_linear(models: dict[str, Path]) -> None:
     outcome = support.run_cli("plan", models["llama_biases"], "--set", "weights.outliers=4", "--threads", "1")
     assert outcome.code == 0

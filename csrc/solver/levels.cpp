@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../site.h"
+#include "partition.h"
 
 // Every float operation stands here in the order in which the torch code does it, so that both give the same bits.
 
@@ -205,29 +206,6 @@ inline double LevelFinder::cost(int64_t a, int64_t b) const {
   return found < 0.0 ? 0.0 : found;
 }
 
-// best[b] = min over a of before[a] + cost(a, b) for b in first..last, where the smallest such a is known to lie in
-// low..high. It never falls as b grows (the costs satisfy the quadrangle inequality), so the middle b halves the task.
-void LevelFinder::dp_step(const double* before, double* best, int32_t* choice, int64_t first, int64_t last,
-                          int64_t low, int64_t high) const {
-  while (first <= last) {
-    const int64_t b = (first + last) / 2;
-    double least = INFINITY;
-    int64_t at = low;
-    for (int64_t a = low, end = std::min(high, b); a <= end; ++a) {
-      const double total = before[a] + cost(a, b);
-      if (total < least) {
-        least = total;
-        at = a;
-      }
-    }
-    best[b] = least;
-    choice[b] = static_cast<int32_t>(at);
-    dp_step(before, best, choice, first, b - 1, low, at);
-    first = b + 1;
-    low = at;
-  }
-}
-
 void LevelFinder::dp(float* result) {
   const int64_t stride = width_ + 1;
   for (int64_t b = 0; b <= width_; ++b) best_[b] = cost(0, b);
@@ -235,7 +213,8 @@ void LevelFinder::dp(float* result) {
     before_.swap(best_);
     // Of the last step only the whole row is asked for.
     const int64_t first = step == count_ - 2 ? width_ : 0;
-    dp_step(before_.data(), best_.data(), choice_.data() + step * stride, first, width_, 0, width_);
+    partition_step([this](int64_t a, int64_t b) { return cost(a, b); }, before_.data(), best_.data(),
+                   choice_.data() + step * stride, first, width_, 0, width_);
   }
   int64_t end = width_;
   double level = w_[width_ - 1];

@@ -37,8 +37,6 @@ class LevelFinder {
   void sort(const float* w);
   void em(float* levels);
   void dp(float* levels);
-  void dp_step(const double* before, double* best, int32_t* choice, int64_t first, int64_t last, int64_t low,
-               int64_t high) const;
   double cost(int64_t a, int64_t b) const;
   int64_t edge(double middle, int64_t from) const;
 

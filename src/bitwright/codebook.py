@@ -7,7 +7,7 @@ dequantizer and one bit counter, here, whatever the method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bitwright.packing import plane_bytes, unpack_planes
 
-Kind = Literal["free", "uniform"]
-KINDS: tuple[Kind, ...] = ("free", "uniform")
+Kind = Literal["free", "uniform", "shared"]
+KINDS: tuple[Kind, ...] = ("free", "uniform", "shared")
 
 
 def group_count(columns: int, group: int) -> int:
@@ -63,9 +63,10 @@ class CodebookMatrix:
     """One quantized weight matrix.
 
     planes          uint8 [bits, rows, ceil(normal / 8)], the code planes
-    scales          fp16 [rows, groups]
+    scales          fp16 [rows, groups] (kinds `free` and `uniform`), else None
     levels          int8 [rows, groups, 2**bits] by code (kind `free`), else None
     zeros           uint8 [rows, groups] (kind `uniform`: level(code) = code - zero), else None
+    table           fp32 [2**bits] by code (kind `shared`: the weights themselves, the same for all rows), else None
     outliers        int8 [rows, outlier count] or None; weight = outliers * outlier_scales
     outlier_scales  fp16 [rows] or None
     permutation     int64 [columns] or None: site channel i is input channel permutation[i]
@@ -77,9 +78,10 @@ class CodebookMatrix:
     group: int
     kind: Kind
     planes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     levels: Tensor | None = None
     zeros: Tensor | None = None
+    table: Tensor | None = None
     outliers: Tensor | None = None
     outlier_scales: Tensor | None = None
     permutation: Tensor | None = None
@@ -97,27 +99,54 @@ class CodebookMatrix:
         return unpack_planes(self.planes, self.normal_columns)
 
     def integer_levels(self) -> Tensor:
-        """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale, for every kind."""
+        """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale.
+
+        For every kind; of a shared table as `expanded` makes them, with its ValueError.
+        """
+        if self.kind == "shared":
+            return self.expanded().integer_levels()
         if self.levels is not None:
             return self.levels
         assert self.zeros is not None
         codes = torch.arange(2**self.bits, dtype=torch.int16, device=self.zeros.device)
         return (codes - self.zeros.to(torch.int16).unsqueeze(-1)).to(torch.int8)
 
+    def expanded(self) -> CodebookMatrix:
+        """The same weights with a codebook for each row and group: what row by row code, such as the kernels', reads.
+
+        A shared table becomes int8 levels times one fp16 scale. Raises ValueError where it holds no such products.
+        """
+        if self.table is None:
+            return self
+        grid = on_grid(self.table)
+        if grid is None:
+            raise ValueError("the shared table's numbers are no int8 multiples of one fp16 number")
+        integers, scale = grid
+        groups = group_count(self.normal_columns, self.group)
+        levels = integers.expand(self.rows, groups, -1).contiguous()
+        scales = scale.expand(self.rows, groups).contiguous()
+        return replace(self, kind="free", table=None, levels=levels, scales=scales)
+
     def dequantize_site_order(self) -> Tensor:
         """fp32 [rows, columns] in site order. Exact: an int8 times an fp16 number fits fp32 without rounding."""
-        codes = self.codes()
-        padding = self.scales.shape[1] * self.group - self.normal_columns
-        if padding:
-            codes = torch.nn.functional.pad(codes, (0, padding))
-        codes = codes.view(self.rows, -1, self.group)
-        table = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
-        weights = _select(table, codes).view(self.rows, -1)[:, : self.normal_columns]
+        weights = self._normal_weights()
         if self.outliers is None:
             return weights.contiguous()
         assert self.outlier_scales is not None
         scaled = self.outliers.to(torch.float32) * self.outlier_scales.to(torch.float32).unsqueeze(-1)
         return torch.cat([weights, scaled], dim=1)
+
+    def _normal_weights(self) -> Tensor:
+        codes = self.codes()
+        if self.table is not None:
+            return self.table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+        assert self.scales is not None
+        padding = self.scales.shape[1] * self.group - self.normal_columns
+        if padding:
+            codes = torch.nn.functional.pad(codes, (0, padding))
+        codes = codes.view(self.rows, -1, self.group)
+        levels = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
+        return _select(levels, codes).view(self.rows, -1)[:, : self.normal_columns]
 
     def dequantize(self) -> Tensor:
         """fp32 [rows, columns] in the order of the model's input channels."""
@@ -135,6 +164,7 @@ class CodebookMatrix:
             "levels": self.levels,
             "zeros": self.zeros,
             "scales": self.scales,
+            "table": self.table,
             "outliers": self.outliers,
             "outlier_scales": self.outlier_scales,
         }
@@ -143,6 +173,16 @@ class CodebookMatrix:
     def stored_bits(self) -> int:
         """All bits on disk of this matrix, padding included, the permutation of the site excluded (it is shared)."""
         return sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.tensors().values())
+
+
+def on_grid(table: Tensor) -> tuple[Tensor, Tensor] | None:
+    """fp32 [k] -> (int8 [k], fp16 scale) whose products are exactly these numbers; None where there are none.
+
+    The largest is 127 times the scale.
+    """
+    scale = (table.abs().max() / 127.0).to(torch.float16)
+    integers = torch.round(table / scale.to(torch.float32)).nan_to_num().clamp(-127, 127).to(torch.int8)
+    return (integers, scale) if torch.equal(integers.to(torch.float32) * scale.to(torch.float32), table) else None
 
 
 def _select(table: Tensor, codes: Tensor) -> Tensor:
@@ -161,11 +201,14 @@ def matrix_shapes(
     groups = group_count(normal, group)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "codes": (torch.uint8, (bits, rows, plane_bytes(normal))),
-        "scales": (torch.float16, (rows, groups)),
     }
+    if kind == "shared":
+        shapes["table"] = (torch.float32, (2**bits,))
+    else:
+        shapes["scales"] = (torch.float16, (rows, groups))
     if kind == "free":
         shapes["levels"] = (torch.int8, (rows, groups, 2**bits))
-    else:
+    elif kind == "uniform":
         shapes["zeros"] = (torch.uint8, (rows, groups))
     if outliers:
         shapes["outliers"] = (torch.int8, (rows, outliers))

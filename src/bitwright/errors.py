@@ -25,3 +25,7 @@ class ArtifactError(BitwrightError):
 
 class RunError(BitwrightError):
     """A quantization run cannot start, continue or write."""
+
+
+class TransformError(BitwrightError):
+    """A transform that a size does not allow."""

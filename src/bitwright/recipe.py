@@ -26,15 +26,20 @@ class _Part(BaseModel):
 class WeightRecipe(_Part):
     """How the weights of a linear layer become codes, levels and int8 outlier columns (BWA, sections 2.1 to 2.3)."""
 
-    method: Literal["bwa", "rtn"] = "bwa"
-    bits: int = Field(2, ge=1, le=4, description="bits of a code; 2 is the paper's 1+1")
+    method: Literal["bwa", "rtn", "wgm"] = "bwa"
+    bits: int = Field(2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm alone")
     group: int = Field(128, ge=8, le=4096, description="input channels that share a codebook")
-    levels: Literal["em", "dp", "minmax", "uniform"] = Field(
+    levels: Literal["em", "dp", "minmax", "uniform", "windowed", "greedy"] = Field(
         "em",
         description="em: weighted Lloyd iterations (paper); dp: the exact optimum; minmax: equally spaced between the"
-        " extremes of the group; uniform: round-to-nearest grid with a zero point",
+        " extremes of the group; uniform: round-to-nearest grid with a zero point; windowed, greedy: neighbouring"
+        " magnitudes of the whole matrix merged (WGM algorithms 3 and 2), with dp the choices of method wgm",
     )
     em_iterations: int = Field(20, ge=1, le=1000)
+    window: int = Field(512, ge=1, description="sorted magnitudes that merging starts from, levels = windowed")
+    penalty: float = Field(
+        0.75, ge=0.0, allow_inf_nan=False, description="lambda of WGM: a group of m weights costs penalty / m more"
+    )
     importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
     )
@@ -62,7 +67,24 @@ class WeightRecipe(_Part):
                 f"method 'rtn' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
                 " write levels = 'uniform' and feedback = 'none'"
             )
+        merging = self.levels in ("windowed", "greedy")
+        if self.method == "wgm" and (not (merging or self.levels == "dp") or self.feedback != "none"):
+            raise ValueError(
+                f"method 'wgm' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
+                " write levels = 'windowed', 'greedy' or 'dp' and feedback = 'none'"
+            )
+        if self.method != "wgm" and merging:
+            raise ValueError(f"levels = '{self.levels}' is for method 'wgm' alone; write levels = 'em' or 'dp'")
+        if self.method != "wgm" and self.bits > 4:
+            raise ValueError(f"bits = {self.bits} is for method 'wgm' alone; write a number from 1 to 4")
         return self
+
+    @property
+    def kind(self) -> Literal["free", "uniform", "shared"]:
+        """The kind of codebook that this makes (bitwright.codebook)."""
+        if self.method == "wgm":
+            return "shared"
+        return "uniform" if self.levels == "uniform" else "free"
 
 
 class ActivationRecipe(_Part):
@@ -191,6 +213,21 @@ def outlier_count(columns: int, asked: OutlierCount) -> int:
 PRESETS: dict[str, Recipe] = {
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
+    # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
+    "wgm": Recipe(
+        name="wgm",
+        weights=WeightRecipe(
+            method="wgm",
+            bits=6,
+            levels="windowed",
+            feedback="none",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        activations=None,
+        kv=None,
+    ),
 }
 
 

@@ -39,13 +39,15 @@ def plane_counts(q: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tenso
 def quantized_linear(x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, bias: Tensor | None = None) -> Tensor:
     """x [tokens, columns] in the model's channel order -> y fp64 [tokens, rows], by the sums above.
 
-    For codebooks of two bits, free or uniform: any four levels are two affine pairs.
+    For codebooks of two bits: any four levels are two affine pairs.
     """
     if matrix.bits != 2:
         raise ValueError(f"the 1+1 form needs 2-bit codes, found {matrix.bits}")
     x = x.to(torch.float32)
     if matrix.permutation is not None:
         x = x[:, matrix.permutation]
+    matrix = matrix.expanded()
+    assert matrix.scales is not None
     normal = matrix.normal_columns
     groups, width = matrix.scales.shape[1], matrix.group
     padding = groups * width - normal

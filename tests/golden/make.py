@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from bitwright.runtime import quantized_linears
 HERE = Path(__file__).resolve().parent
 WORDS = [first + second for first in ("ba", "ti", "lo", "mu", "re", "sha") for second in ("n", "sk", "ra", "lem", "to")]
 OPTIONS = {"weights.group": 32, "calibration.sequences": 16, "calibration.length": 32}
-PRESETS = {"free": "bwa", "uniform": "rtn"}
+PRESETS = {"free": "bwa", "uniform": "rtn", "shared": "wgm"}
 TOKENS = 12
 
 
@@ -98,7 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "golden"
         make_model(source)
-        for kind, preset in PRESETS.items():
+        for kind in sys.argv[1:] or PRESETS:
+            preset = PRESETS[kind]
             out = Path(scratch) / kind
             bitwright.quantize(source, out, bitwright.preset(preset).with_options(OPTIONS), calibration, threads=1)
             shutil.rmtree(HERE / kind, ignore_errors=True)

@@ -136,6 +136,22 @@ def test_dequantize_undoes_the_permutation(order: list[int]) -> None:
     assert torch.equal(stored.dequantize(), site)
 
 
+def test_a_shared_table() -> None:
+    """Every weight is the table's number of its code, in any row and group; expanded, the same weights."""
+    matrix = random_matrix(3, 21, 8, "shared", 4, 6, True, bits=3)
+    assert matrix.table is not None
+    assert matrix.table.shape == (8,)
+    site, codes = matrix.dequantize_site_order(), matrix.codes()
+    for row, column in itertools.product(range(3), range(17)):
+        assert float(site[row, column]) == float(matrix.table[int(codes[row, column])])
+    free = matrix.expanded()
+    assert (free.kind, free.table, free.scales.shape) == ("free", None, (3, 3))
+    assert torch.equal(free.dequantize(), matrix.dequantize())
+    assert torch.equal(matrix.integer_levels(), free.levels)
+    assert matrix.stored_bits() == 3 * 3 * 3 * 8 + 8 * 32 + 3 * (4 * 8 + 16)
+    assert free.expanded() is free
+
+
 def test_join_rows_is_a_stack() -> None:
     x = correlated(30, seed=2)
     factor = factorize(x.T @ x, 0.01, "conditional")

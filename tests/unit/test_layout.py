@@ -72,6 +72,9 @@ def test_shapes_of_a_layer() -> None:
         "a.q_proj.permutation": (torch.uint16, (40,)),
         "a.q_proj.bias": (torch.bfloat16, (6,)),
     }
+    shared = matrix_shapes(6, 40, 3, 16, "shared", 8)
+    assert shared.pop("table") == (torch.float32, (8,))
+    assert shared.keys() == {"codes", "outliers", "outlier_scales"}
     # A follower of the same site stores no permutation of its own.
     assert "a.k_proj.permutation" not in layer_shapes("a.k_proj", SPEC, torch.bfloat16)
     assert [name for name in shapes if not counted(name)] == ["a.q_proj.weight", "a.q_proj.bias"]

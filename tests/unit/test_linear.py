@@ -48,6 +48,8 @@ CASES = [
     (6, 41, 16, "uniform", 5, True),
     (3, 32, 8, "free", 0, False),
     (1, 9, 8, "uniform", 8, False),
+    (6, 41, 16, "shared", 5, True),
+    (33, 40, 16, "shared", 0, False),
     (5, 30, 64, "free", 1, True),
 ]
 
@@ -103,7 +105,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", ["free", "uniform"])
+@pytest.mark.parametrize("kind", ["free", "uniform", "shared"])
 def test_sixteen_bit_activations_are_a_plain_linear(bits: int, kind: Any) -> None:
     matrix = random_matrix(6, 41, 16, kind, 5, 1, True, bits)
     x, bias = gaussian(5, 41, seed=3), gaussian(6, seed=2)

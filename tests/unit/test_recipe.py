@@ -93,11 +93,16 @@ def test_presets() -> None:
         "auto",
     )
     assert (rtn.method, rtn.levels, rtn.feedback, rtn.importance) == ("rtn", "uniform", "none", "none")
+    wgm = preset("wgm")
+    assert (wgm.weights.method, wgm.weights.bits, wgm.weights.levels, wgm.weights.window) == ("wgm", 6, "windowed", 512)
+    assert (wgm.weights.outliers, wgm.weights.order, wgm.weights.penalty) == (0, "none", 0.75)
+    assert wgm.activations is wgm.kv is None
+    assert [preset(name).weights.kind for name in ("bwa", "rtn", "wgm")] == ["free", "uniform", "shared"]
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
     for name, recipe in PRESETS.items():
         assert recipe.name == name
         assert Recipe.from_dict(recipe.to_dict()) == recipe
-    with pytest.raises(RecipeError, match="no preset 'gptq'; the presets are bwa, rtn"):
+    with pytest.raises(RecipeError, match="no preset 'gptq'; the presets are bwa, rtn, wgm"):
         preset("gptq")
 
 
@@ -113,9 +118,24 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"bits": "2"}}, "weights.bits = '2'", "valid integer"),
     ({"weights": {"bits": True}}, "weights.bits = True", "valid integer"),
     ({"weights": {"bits": 2.0}}, "weights.bits = 2.0", "valid integer"),
-    ({"weights": {"bits": 5}}, "weights.bits = 5", "less than or equal to 4"),
+    ({"weights": {"bits": 5}}, "bits = 5 is for method 'wgm' alone", "write a number from 1 to 4"),
+    ({"weights": {"bits": 9}}, "weights.bits = 9", "less than or equal to 8"),
+    ({"weights": {"levels": "greedy"}}, "levels = 'greedy' is for method 'wgm' alone", "write levels = 'em' or 'dp'"),
+    ({"weights": {"method": "wgm"}}, "method 'wgm'", "write levels = 'windowed', 'greedy' or 'dp' and feedback"),
+    (
+        {"weights": {"method": "wgm", "levels": "dp", "feedback": "column"}},
+        "feedback = 'column'",
+        "and feedback = 'none'",
+    ),
+    ({"weights": {"window": 0}}, "weights.window = 0", "greater than or equal to 1"),
+    ({"weights": {"penalty": -0.1}}, "weights.penalty = -0.1", "greater than or equal to 0"),
+    ({"weights": {"penalty": float("inf")}}, "weights.penalty = inf", "finite number"),
     ({"weights": {"bits": 0}}, "weights.bits = 0", "greater than or equal to 1"),
-    ({"weights": {"levels": "kmeans"}}, "weights.levels = 'kmeans'", "'em', 'dp', 'minmax' or 'uniform'"),
+    (
+        {"weights": {"levels": "kmeans"}},
+        "weights.levels = 'kmeans'",
+        "'em', 'dp', 'minmax', 'uniform', 'windowed' or 'greedy'",
+    ),
     ({"weights": {"feedback": None}}, "weights.feedback = None", "'none', 'block-diag', 'block-tri' or 'column'"),
     ({"weights": {"group": 12}}, "group = 12 is not a multiple of 8", "write for example 64 or 128"),
     ({"weights": {"group": 4}}, "weights.group = 4", "greater than or equal to 8"),
@@ -175,7 +195,7 @@ def test_options_replace_keys() -> None:
         ({"weights.outliers.x": 3}, "no key 'weights.outliers.x'"),
         ({"zzz.x": 3}, "no key 'zzz.x'; the keys there are name, weights, activations, kv, calibration"),
         ({"": 3}, "no key ''"),
-        ({"weights.bits": 7}, "weights.bits = 7: input should be less than or equal to 4"),
+        ({"weights.bits": 9}, "weights.bits = 9: input should be less than or equal to 8"),
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, Any], message: str) -> None:

@@ -145,7 +145,7 @@ def check(x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, bias: Ten
     st.integers(1, 40),
     st.sampled_from([8, 16, 24]),
     st.integers(0, 6),
-    st.sampled_from(["free", "uniform"]),
+    st.sampled_from(["free", "uniform", "shared"]),
     st.booleans(),
     st.sampled_from(["support", "literal", "none"]),
     st.sampled_from([1.0, 0.9]),

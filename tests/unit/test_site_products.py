@@ -86,7 +86,7 @@ SPREADS = st.sampled_from(["normal", "positive", "negative", "huge", "tiny", "eq
 
 
 @pytest.mark.parametrize("shape", SITES)
-@pytest.mark.parametrize("kind", ["free", "uniform"])
+@pytest.mark.parametrize("kind", ["free", "uniform", "shared"])
 @pytest.mark.parametrize("packing", [tiles, planes])
 def test_packing_keeps_every_bit(backend: str, packing: Any, shape: Any, kind: Any) -> None:
     matrix = a_matrix(*shape, kind=kind)
@@ -119,7 +119,7 @@ def test_linear_is_the_readable_twin(backend: str, product: Product, shape: Any,
     ragged=st.integers(0, 7),
     outliers=st.sampled_from([0, 0, 1, 3, 16, 33]),
     tokens=st.sampled_from([1, 2, 3, 5, 8, 9, 12, 17, 97, 110]),
-    kind=st.sampled_from(["free", "uniform"]),
+    kind=st.sampled_from(["free", "uniform", "shared"]),
     clip=st.sampled_from([1.0, 0.85]),
     spread=SPREADS,
     threads=st.integers(1, 3),

@@ -209,7 +209,10 @@ def planes_of(codes: Sequence[Sequence[int]], bits: int) -> list[list[list[int]]
 def random_matrix(
     rows: int, columns: int, group: int, kind: Kind, outliers: int, seed: int, permuted: bool, bits: int = 2
 ) -> CodebookMatrix:
-    """A matrix of arbitrary codes, levels, zero points, scales and outliers; its levels are in no order."""
+    """A matrix of arbitrary codes, levels, zero points, scales and outliers; its levels are in no order.
+
+    A shared table is made of int8 multiples of an fp16 number, the largest 127, as the kernels want it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -217,6 +220,12 @@ def random_matrix(
 
     normal = columns - outliers
     groups = -(-normal // group)
+    shared = kind == "shared"
+    table = None
+    if shared:
+        steps = integers(-127, 128, (2**bits,), torch.float32)
+        steps[0] = -127
+        table = steps * torch.tensor(0.0173).half().float()
     return CodebookMatrix(
         rows=rows,
         columns=columns,
@@ -224,7 +233,8 @@ def random_matrix(
         group=group,
         kind=kind,
         planes=pack_planes(integers(0, 2**bits, (rows, normal), torch.uint8), bits),
-        scales=(torch.rand(rows, groups, generator=generator) + 0.01).half(),
+        scales=None if shared else (torch.rand(rows, groups, generator=generator) + 0.01).half(),
+        table=table,
         levels=integers(-127, 128, (rows, groups, 2**bits), torch.int8) if kind == "free" else None,
         zeros=integers(0, 2**bits, (rows, groups), torch.uint8) if kind == "uniform" else None,
         outliers=integers(-127, 128, (rows, outliers), torch.int8) if outliers else None,

@@ -40,6 +40,10 @@ or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THI
 |---|---|---|
 | quantized linears ({{ "{:,}".format(plan.linear_weights) }} weights): codes, levels, scales, outliers, permutations \
 | {{ "%.4f"|format(plan.linear_bits) }} a weight | {{ "{:,}".format(plan.linear_bytes) }} |
+{% if plan.claimed_bits is not none -%}
+| the same by the method's own formula, which leaves out the group of each weight \
+| {{ "%.4f"|format(plan.claimed_bits) }} a weight | |
+{% endif -%}
 | whole model ({{ "{:,}".format(plan.parameters) }} parameters), embeddings and head included \
 | {{ "%.4f"|format(plan.model_bits) }} a parameter | {{ "{:,}".format(plan.total_bytes) }} |
 | original weight files | {{ "%.4f"|format(plan.original_bytes * 8 / plan.parameters) }} a parameter \

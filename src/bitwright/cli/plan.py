@@ -56,6 +56,10 @@ def show(plan: Plan) -> None:
     totals = Table(show_header=False)
     totals.add_row("quantized linears", f"{plan.linear_weights:,} weights, {plan.linear_bytes:,} bytes")
     totals.add_row("", f"{plan.linear_bits:.4f} bits a weight, all counted")
+    if plan.claimed_bits is not None:
+        totals.add_row(
+            "", f"{plan.claimed_bits:.4f} by the method's own formula, which leaves out the group of a weight"
+        )
     totals.add_row("whole model", f"{plan.parameters:,} parameters, {plan.total_bytes:,} bytes of weight files")
     totals.add_row("", f"{plan.model_bits:.4f} bits a parameter, embeddings and head included")
     totals.add_row(

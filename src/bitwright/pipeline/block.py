@@ -181,14 +181,18 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
     weights_recipe = job.recipe.weights
 
     factors = factorize_sites(job, hessians)
+    # Where all rows share a table, all are solved together.
+    chunk = (
+        ROW_CHUNK if weights_recipe.kind != "shared" else max(info.rows for site in job.sites for info in site.linears)
+    )
     tasks = [
-        (site, linear, row) for site in job.sites for linear in site.linears for row in range(0, linear.rows, ROW_CHUNK)
+        (site, linear, row) for site in job.sites for linear in site.linears for row in range(0, linear.rows, chunk)
     ]
 
     def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
         site, linear, row = task
         began = time.perf_counter()
-        weights = job.linear(linear).weight[row : row + ROW_CHUNK][:, job.orders[site.name]]
+        weights = job.linear(linear).weight[row : row + chunk][:, job.orders[site.name]]
         matrix = solver(weights, factors[site.name], job.outliers(site), weights_recipe)
         lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
         job.advance("solve", 1 / len(tasks))
@@ -200,7 +204,7 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
     for site in job.sites:
         for linear in site.linears:
             layer = job.layer(linear)
-            parts = [solved[linear.name, row] for row in range(0, linear.rows, ROW_CHUNK)]
+            parts = [solved[linear.name, row] for row in range(0, linear.rows, chunk)]
             order = job.orders[site.name] if layer.spec.permutation else None
             matrix = join_rows([part[0] for part in parts], order)
             bias = job.linear(linear).bias

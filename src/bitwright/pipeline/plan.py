@@ -75,6 +75,17 @@ class Plan:
         return self.linear_bytes * 8 / self.linear_weights
 
     @property
+    def claimed_bits(self) -> float | None:
+        """Bits a weight as the method's authors count them, where that is less than what must be stored; else None.
+
+        WGM (v1, withdrawn) counts one bit for the sign and 16 for each of the groups, not the group of each weight.
+        """
+        if self.recipe.weights.method != "wgm":
+            return None
+        table = 16 * 2 ** (self.recipe.weights.bits - 1)
+        return sum(layer.spec.weights + table for layer in self.layers) / self.linear_weights
+
+    @property
     def tensor_bytes(self) -> int:
         """All tensors of the artifact, embeddings and head included."""
         return sum(shape_bytes(shape) for shard in self.shards for shape in shard.values())
@@ -122,6 +133,7 @@ class Plan:
             "linear_weights": self.linear_weights,
             "linear_bytes": self.linear_bytes,
             "linear_bits": self.linear_bits,
+            "claimed_bits": self.claimed_bits,
             "parameters": self.parameters,
             "total_bytes": self.total_bytes,
             "model_bits": self.model_bits,
@@ -201,7 +213,7 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPla
                 columns=linear.columns,
                 bits=recipe.weights.bits,
                 group=recipe.weights.group,
-                kind="uniform" if recipe.weights.levels == "uniform" else "free",
+                kind=recipe.weights.kind,
                 outliers=outliers,
                 bias=linear.bias,
                 permutation=f"{prefix}.{site.leader.name}" if moves else None,

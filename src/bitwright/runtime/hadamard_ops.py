@@ -3,49 +3,72 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bitwright.native import native
 from bitwright.runtime.schemas import kernel
+from bitwright.transforms.hadamard import Factors, butterflies, dense_factor, dense_steps, factors
 
 
-def _check(x: Tensor, block: int) -> None:
+def _check(x: Tensor, block: int) -> Factors:
     if x.dtype != torch.float32 or x.dim() < 1:
         raise ValueError(f"x must be float32 [..., columns]; found {x.dtype} {list(x.shape)}")
-    if block < 1 or block & (block - 1):
-        raise ValueError(f"block must be a power of two; found {block}")
-    if x.shape[-1] % block:
+    if block < 1 or x.shape[-1] % block:
         raise ValueError(f"{x.shape[-1]} columns are no multiple of blocks of {block}")
+    return factors(block)
+
+
+@lru_cache(maxsize=64)
+def signs(order: int) -> Tensor:
+    """uint8 [order, order / 4] of a dense factor: 16 times the signs of four columns, bit j for column 4 g + j."""
+    negative = (dense_factor(order) < 0).to(torch.uint8).unflatten(-1, (-1, 4))
+    return (negative * torch.tensor([16, 32, 64, 128], dtype=torch.uint8)).sum(dim=-1, dtype=torch.uint8)
 
 
 @kernel("hadamard")
 def _hadamard(x: Tensor, block: int) -> Tensor:
     """x fp32 [..., columns] -> the same shape, each `block` consecutive columns times H / sqrt(block).
 
-    H is the Sylvester matrix, H[i, j] = (-1)^popcount(i & j); the transform is its own inverse.
+    H is the symmetric matrix of `bitwright.transforms.hadamard.matrix`, for powers of two Sylvester's; the transform is
+    its own inverse. Raises TransformError for a size that has none.
     """
-    _check(x, block)
+    parts = _check(x, block)
     module = native()
     if module is None:
         return _hadamard_reference(x, block)
     x = x.contiguous()
     y = torch.empty_like(x)
-    module.hadamard(x.data_ptr(), y.data_ptr(), x.numel() // block, block, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    module.hadamard(x.data_ptr(), y.data_ptr(), x.numel() // parts.power, parts.power, 1.0 / math.sqrt(block), threads)
+    for order, inner in dense_steps(parts):
+        count = x.numel() // (order * inner)
+        module.signed_sums(y.data_ptr(), count, order, inner, signs(order).data_ptr(), threads)
     return y
 
 
 def _hadamard_reference(x: Tensor, block: int) -> Tensor:
-    """The same float operations as the native kernels: scaled first, then butterflies of distance 1, 2, 4, ..."""
-    y = x * torch.tensor(1.0 / math.sqrt(block), dtype=torch.float32)
-    distance = 1
-    while distance < block:
-        pairs = y.unflatten(-1, (-1, 2, distance))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
-        distance *= 2
+    """The same float operations as the native kernels (csrc/decoder.h): scaled, butterflies, then sums of four."""
+    parts = _check(x, block)
+    y = butterflies(x * torch.tensor(1.0 / math.sqrt(block), dtype=torch.float32), parts.power)
+    for order, inner in dense_steps(parts):
+        y = _signed_sums(y.unflatten(-1, (-1, order, inner)), signs(order)).flatten(-3)
     return y
+
+
+def _signed_sums(values: Tensor, signs: Tensor) -> Tensor:
+    """values [..., order, inner] by the matrix of `signs`, summed as `signed_sums` of csrc/decoder.h does."""
+    x0, x1, x2, x3 = values.unflatten(-2, (-1, 4)).unbind(-2)  # [..., groups, inner]
+    low = torch.stack([x0 + x1, x1 - x0, x0 - x1, -(x0 + x1)], dim=-2)
+    high = torch.stack([x2 + x3, x3 - x2, x2 - x3, -(x2 + x3)], dim=-2)
+    tables = (low.unsqueeze(-3) + high.unsqueeze(-2)).flatten(-3, -2)  # [..., groups, sign, inner]
+    entries = (signs // 16).to(torch.int64)
+    total = tables[..., 0, :, :].index_select(-2, entries[:, 0])
+    for group in range(1, entries.shape[1]):
+        total = total + tables[..., group, :, :].index_select(-2, entries[:, group])
+    return total
 
 
 hadamard = torch.ops.bitwright.hadamard.default

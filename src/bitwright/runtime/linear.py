@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitwright.activations import quantize_site
 from bitwright.artifact.layout import LayerSpec, layer_shapes
-from bitwright.codebook import CodebookMatrix
+from bitwright.codebook import CodebookMatrix, on_grid
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime import ops, plane_ops, planes, tiles
@@ -101,9 +101,10 @@ class QuantizedLinear(nn.Module):
             group=self.spec.group,
             kind=self.spec.kind,
             planes=parts["codes"],
-            scales=parts["scales"],
+            scales=parts.get("scales"),
             levels=parts.get("levels"),
             zeros=parts.get("zeros"),
+            table=parts.get("table"),
             outliers=parts.get("outliers"),
             outlier_scales=parts.get("outlier_scales"),
             permutation=self.order,
@@ -131,6 +132,7 @@ class QuantizedLinear(nn.Module):
         """Whether the native kernels compute exactly what the recipe says, here and now."""
         inputs = self.activations
         fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
+        fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
         return fits and self.weight.device.type == "cpu" and native() is not None
 
     def pack(self, out: Tensor | None = None) -> None:

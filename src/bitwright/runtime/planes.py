@@ -51,6 +51,7 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
     geometry = geometry_of(matrix)
     if matrix.bits != 2:
         raise ValueError(f"tiles hold 2-bit codes; found {matrix.bits}")
+    matrix = matrix.expanded()
     packed = torch.zeros(geometry.packed_bytes(), dtype=torch.uint8) if out is None else out
     module = native()
     if module is None:
@@ -61,6 +62,8 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
 
 def pack_reference(matrix: CodebookMatrix, geometry: PlaneGeometry, packed: Tensor) -> Tensor:
     """As `pack`, in torch."""
+    matrix = matrix.expanded()
+    assert matrix.scales is not None
     view = _Views(packed, geometry)
     count = view.levels.shape[0]
     levels = tiles.in_tiles(matrix.integer_levels(), count)
@@ -100,11 +103,7 @@ def unpack(packed: Tensor, geometry: PlaneGeometry, kind: Kind) -> dict[str, Ten
         lines = rows(lines.permute(0, 3, 1, 2)).flatten(1).contiguous()
         codes |= unpack_plane(lines, geometry.groups * geometry.group)[:, : geometry.normal] << plane
     levels = rows(view.levels.transpose(1, 2))
-    parts = {"codes": pack_planes(codes, 2), "scales": rows(view.scales.transpose(1, 2)).contiguous()}
-    if kind == "free":
-        parts["levels"] = levels.contiguous()
-    else:
-        parts["zeros"] = (-levels[..., 0].to(torch.int16)).to(torch.uint8)
+    parts = {"codes": pack_planes(codes, 2)} | tiles.codebook(levels, rows(view.scales.transpose(1, 2)), kind)
     return parts | tiles.unpack_outliers(geometry, view.outliers, view.outlier_scales)
 
 

@@ -14,8 +14,10 @@ from bitwright.codebook import CodebookMatrix, Kind, group_count
 from bitwright.native import native
 from bitwright.packing import pack_planes
 
+# What the native packers read of a matrix, in the order of their arguments.
+PACKED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
-STORED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
+STORED = (*PACKED, "table")
 TILE_ROWS = 32
 STEP = 64  # channels of a row whose codes share 16 bytes
 _LEVELS, _SCALES, _CODES = 0, 128, 192
@@ -64,6 +66,7 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
     geometry = geometry_of(matrix)
     if matrix.bits != 2:
         raise ValueError(f"tiles hold 2-bit codes; found {matrix.bits}")
+    matrix = matrix.expanded()
     packed = torch.zeros(geometry.packed_bytes(), dtype=torch.uint8) if out is None else out
     module = native()
     if module is None:
@@ -78,7 +81,7 @@ def addresses(matrix: CodebookMatrix) -> list[int]:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"the matrix's {name} are not contiguous")
-    found = [tensors[name].data_ptr() if name in tensors else 0 for name in STORED]
+    found = [tensors[name].data_ptr() if name in tensors else 0 for name in PACKED]
     return [*found, matrix.rows, matrix.columns, matrix.outlier_columns, matrix.group]
 
 
@@ -90,6 +93,8 @@ def in_tiles(rows: Tensor, tiles: int) -> Tensor:
 
 def pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -> Tensor:
     """As `pack`, in torch."""
+    matrix = matrix.expanded()
+    assert matrix.scales is not None
     view = Views(packed, geometry)
     tiles = view.levels.shape[0]
     levels = in_tiles(matrix.integer_levels().to(torch.int16) + 128, tiles).unflatten(1, (2, 4, 4))
@@ -139,12 +144,20 @@ def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
     codes = rows(codes).flatten(2)[..., : geometry.group].flatten(1)[..., : geometry.normal]
     levels = rows((view.levels.to(torch.int16) - 128).to(torch.int8))
     scales = view.scales.transpose(1, 2).flatten(0, 1)[: geometry.rows]
-    parts = {"codes": pack_planes(codes, 2), "scales": scales.contiguous()}
+    parts = {"codes": pack_planes(codes, 2)} | codebook(levels, scales, kind)
+    return parts | unpack_outliers(geometry, view.outliers, view.outlier_scales)
+
+
+def codebook(levels: Tensor, scales: Tensor, kind: Kind) -> dict[str, Tensor]:
+    """int8 [rows, groups, 4] and fp16 [rows, groups] as tiles hold them -> what a codebook of that kind stores."""
+    if kind == "shared":
+        return {"table": levels[0, 0].to(torch.float32) * scales[0, 0].to(torch.float32)}
+    parts = {"scales": scales.contiguous()}
     if kind == "free":
         parts["levels"] = levels.contiguous()
     else:
-        parts["zeros"] = (-levels[..., 0]).to(torch.uint8)
-    return parts | unpack_outliers(geometry, view.outliers, view.outlier_scales)
+        parts["zeros"] = (-levels[..., 0].to(torch.int16)).to(torch.uint8)
+    return parts
 
 
 class Views:

@@ -139,16 +139,15 @@ def quantize_outlier_columns(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_rows(parts: list[CodebookMatrix], permutation: Tensor | None) -> CodebookMatrix:
-    """Stack matrices solved for consecutive rows of one linear."""
+    """Stack matrices solved for consecutive rows of one linear; a shared table is the same in all of them."""
 
     def cat(name: str, dim: int = 0) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat(tensors, dim=dim).contiguous()
 
     first = parts[0]
-    planes, scales = cat("planes", 1), cat("scales")
+    planes = cat("planes", 1)
     assert planes is not None
-    assert scales is not None
     return CodebookMatrix(
         rows=sum(part.rows for part in parts),
         columns=first.columns,
@@ -156,9 +155,10 @@ def join_rows(parts: list[CodebookMatrix], permutation: Tensor | None) -> Codebo
         group=first.group,
         kind=first.kind,
         planes=planes,
-        scales=scales,
+        scales=cat("scales"),
         levels=cat("levels"),
         zeros=cat("zeros"),
+        table=first.table,
         outliers=cat("outliers"),
         outlier_scales=cat("outlier_scales"),
         permutation=permutation,
