@@ -40,7 +40,7 @@ def _check_states(name: str, states: Tensor) -> None:
         raise ValueError(f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}")
 
 
-def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -> None:
     """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
 
     The bytes are those of kv_cache.encode. `states` may be a transposed view, as long as head_dim is contiguous.
@@ -74,7 +74,7 @@ def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> Non
     )
 
 
-_library.impl("kv_append", _kv_append, "CPU")
+_library.impl("kv_append", kv_append_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::kv_append", lib=_library)
@@ -82,7 +82,7 @@ def _kv_append_fake(records: Tensor, states: Tensor, position: int, bits: int) -
     return None
 
 
-def _kv_attention(
+def kv_attention_eager(
     queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
 ) -> Tensor:
     """Causal attention of queries fp32 [query heads, new, head_dim] over the first `length` tokens of the cache.
@@ -150,7 +150,7 @@ def _kv_attention_reference(
     return y.transpose(0, 1).contiguous()
 
 
-_library.impl("kv_attention", _kv_attention, "CPU")
+_library.impl("kv_attention", kv_attention_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::kv_attention", lib=_library)

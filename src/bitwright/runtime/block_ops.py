@@ -25,7 +25,7 @@ def _require_float32(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be float32; found {tensor.dtype}")
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x fp32 [..., width], weight fp32 [width] -> weight * x / sqrt(mean(x^2) + eps), as LlamaRMSNorm."""
     _require_float32(x=x, weight=weight)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
@@ -43,7 +43,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-_library.impl("rms_norm", _rms_norm, "CPU")
+_library.impl("rms_norm", rms_norm_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::rms_norm", lib=_library)
@@ -51,7 +51,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x fp32 [tokens, heads, head_dim], cos and sin fp32 [tokens, head_dim] -> x rotated, contiguous.
 
     The half-split rotation of transformers' apply_rotary_pos_emb: x cos + (-second half, first half) sin. `x` may be a
@@ -86,7 +86,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-_library.impl("rope", _rope, "CPU")
+_library.impl("rope", rope_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::rope", lib=_library)

@@ -2,6 +2,9 @@
 
 The native kernels get addresses and sizes of tensors that are checked here; they know no torch. The reference kernels
 are torch code on the same packed bytes, for machines without a compiler and as a second opinion in the tests.
+
+torch's dispatcher takes some microseconds to call an op that is written in Python. Code that is never traced can call
+the functions behind the ops, here and in the other modules of ops: they are named as the ops are, and `_eager`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime.native import native
-from bitwright.runtime.tiles import Geometry, unpack
+from bitwright.runtime.tiles import Geometry, geometry_of_sizes, unpack
 
 _library = torch.library.Library("bitwright", "DEF")
 
@@ -53,7 +56,7 @@ def check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, 
         raise ValueError(f"bias must be float32 [{geometry.rows}]; found {bias.dtype} {list(bias.shape)}")
 
 
-def _site_linear(
+def site_linear_eager(
     x: Tensor,
     packed: Tensor,
     order: Tensor | None,
@@ -64,7 +67,7 @@ def _site_linear(
     clip: float,
 ) -> Tensor:
     """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
-    geometry = Geometry(rows, x.shape[-1], outliers, group)
+    geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group)
     check(x, packed, order, bias, geometry)
     module = native()
     if module is None:
@@ -84,13 +87,16 @@ def run_site(
     setting: int,
 ) -> Tensor:
     """Call the native product of either kind of tiles on checked tensors; `setting` is its bits or its balance."""
+    # Everything here is paid at every call: hence one look at the shape, and sizes as arguments instead of a tuple.
     x = x.contiguous()
     order = None if order is None else order.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty((*x.shape[:-1], geometry.rows), dtype=torch.float32)
+    shape = x.shape
+    tokens = shape[0] if len(shape) == 2 else x.numel() // geometry.columns
+    y = torch.empty(tokens, geometry.rows, dtype=torch.float32)
     function(
         x.data_ptr(),
-        x.numel() // geometry.columns,
+        tokens,
         packed.data_ptr(),
         geometry.rows,
         geometry.columns,
@@ -103,7 +109,7 @@ def run_site(
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    return y
+    return y if len(shape) == 2 else y.view(*shape[:-1], geometry.rows)
 
 
 def site_reference(
@@ -140,7 +146,7 @@ def _dense(stored: dict[str, Tensor], geometry: Geometry) -> Tensor:
     return matrix.dequantize_site_order()
 
 
-_library.impl("site_linear", _site_linear, "CPU")
+_library.impl("site_linear", site_linear_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::site_linear", lib=_library)
@@ -157,7 +163,7 @@ def _site_linear_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+def dense_linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     """x fp32 [..., columns], weight bfloat16 [rows, columns] -> fp32 [..., rows], products summed in fp32."""
     if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -175,7 +181,7 @@ def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-_library.impl("dense_linear", _dense_linear, "CPU")
+_library.impl("dense_linear", dense_linear_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::dense_linear", lib=_library)

@@ -35,7 +35,7 @@ def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> 
     return PlaneGeometry(rows, x.shape[-1], outliers, group)
 
 
-def _site_planes(
+def site_planes_eager(
     x: Tensor,
     packed: Tensor,
     order: Tensor | None,
@@ -60,7 +60,7 @@ def _site_planes(
     return run_site(module.site_planes, x, packed, order, bias, geometry, clip, _NATIVE.index(balance))
 
 
-_library.impl("site_planes", _site_planes, "CPU")
+_library.impl("site_planes", site_planes_eager, "CPU")
 
 
 @torch.library.register_fake("bitwright::site_planes", lib=_library)
