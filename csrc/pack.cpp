@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <array>
 #include <cstring>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -29,42 +30,84 @@ Place find(const uint8_t* packed, const TileLayout& layout, int64_t row) {
   return {packed + row / kTileRows * layout.bytes, row % kTileRows};
 }
 
+// Eight bits of a plane, one to the lowest bit of each byte.
+constexpr std::array<uint64_t, 256> kSpread = [] {
+  std::array<uint64_t, 256> spread{};
+  for (uint32_t bits = 0; bits < 256; ++bits) {
+    for (uint32_t i = 0; i < 8; ++i) spread[bits] |= static_cast<uint64_t>((bits >> i) & 1) << (i * 8);
+  }
+  return spread;
+}();
+
+// `count` (1 to 8) bits from bit `shift` of the first byte on, spread.
+uint64_t spread_bits(const uint8_t* at, int shift, int64_t count) {
+  uint32_t bits = at[0];
+  if (shift + count > 8) bits |= static_cast<uint32_t>(at[1]) << 8;
+  return kSpread[(bits >> shift) & ((1u << count) - 1)];
+}
+
+// The codes of one row and group, eight channels at a time: channels 8 k to 8 k + 7 are in half k % 2 of a row's 16 bytes.
+void pack_codes(const uint8_t* low, const uint8_t* high, int shift, int64_t channels, uint8_t* lines) {
+  for (int64_t first = 0; first < channels; first += kStep, lines += 64) {
+    uint64_t halves[2] = {0, 0};
+    const int64_t end = smaller(first + kStep, channels);
+    for (int64_t channel = first; channel < end; channel += 8) {
+      const int64_t count = smaller<int64_t>(8, end - channel), k = (channel - first) / 8;
+      const uint64_t codes = spread_bits(low + channel / 8, shift, count) |
+                             spread_bits(high + channel / 8, shift, count) << 1;
+      halves[k % 2] |= codes << (k / 2 * 2);
+    }
+    std::memcpy(lines, halves, 16);  // little-endian, as every processor that this is built for
+  }
+}
+
+void pack_tile(const Neutral& from, const Geometry& g, const TileLayout& layout, int64_t first_row, uint8_t* tile) {
+  const int64_t groups = g.groups(), plane_bytes = (g.normal() + 7) / 8;
+  const int64_t rows = smaller(kTileRows, g.rows - first_row);
+  // All rows of a group together: they fill the same lines.
+  for (int64_t index = 0; index < groups; ++index) {
+    uint8_t* group = tile + index * layout.group_bytes;
+    const int64_t first = index * g.group, channels = g.channels(index);
+    const int shift = static_cast<int>(first % 8);
+    for (int64_t place = 0; place < rows; ++place) {
+      const int64_t row = first_row + place, record = row * groups + index, slot = slot_of(place);
+      for (int code = 0; code < 4; ++code) {
+        const int level = from.levels ? from.levels[record * 4 + code] : code - static_cast<int>(from.zeros[record]);
+        group[TileLayout::kLevels + slot * 4 + code] = static_cast<uint8_t>(level + 128);
+      }
+      std::memcpy(group + TileLayout::kScales + place * 2, from.scales + record, 2);
+      const uint8_t* low = from.codes + row * plane_bytes + first / 8;
+      pack_codes(low, low + g.rows * plane_bytes, shift, channels,
+                 group + TileLayout::kCodes + slot / 4 * g.width() + slot % 4 * 16);
+    }
+  }
+  pack_outliers(from, g, first_row, rows, tile + layout.outliers_at, tile + layout.outlier_scales_at);
+}
+
 }  // namespace
+
+void pack_outliers(const Neutral& from, const Geometry& g, int64_t first_row, int64_t rows, uint8_t* codes,
+                   uint8_t* scales) {
+  for (int64_t place = 0; place < rows; ++place) {
+    const int64_t row = first_row + place;
+    for (int64_t channel = 0; channel < g.outliers; ++channel) {
+      codes[channel / 4 * 128 + place * 4 + channel % 4] =
+          static_cast<uint8_t>(from.outliers[row * g.outliers + channel] + 128);
+    }
+    const float scale = from.outlier_scales ? half_to_float(from.outlier_scales[row]) : 0.0f;
+    std::memcpy(scales + place * 4, &scale, 4);
+  }
+}
 
 int64_t packed_bytes(const Geometry& g) { return g.tiles() * TileLayout(g).bytes; }
 
 void pack(const Neutral& from, const Geometry& g, uint8_t* packed, int threads) {
   const TileLayout layout(g);
   ask_for_large_pages(packed, packed_bytes(g));
-  const int64_t groups = g.groups(), plane_bytes = (g.normal() + 7) / 8;
+  const int64_t tiles = g.tiles();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < g.rows; ++row) {
-    uint8_t* tile = packed + row / kTileRows * layout.bytes;
-    const int64_t place = row % kTileRows, slot = slot_of(place);
-    const uint8_t* low = from.codes + row * plane_bytes;
-    const uint8_t* high = from.codes + (g.rows + row) * plane_bytes;
-    for (int64_t index = 0; index < groups; ++index) {
-      uint8_t* group = tile + index * layout.group_bytes;
-      for (int code = 0; code < 4; ++code) {
-        const int level = from.levels ? from.levels[(row * groups + index) * 4 + code]
-                                      : code - static_cast<int>(from.zeros[row * groups + index]);
-        group[TileLayout::kLevels + slot * 4 + code] = static_cast<uint8_t>(level + 128);
-      }
-      std::memcpy(group + TileLayout::kScales + place * 2, from.scales + row * groups + index, 2);
-      const int64_t first = index * g.group, channels = g.channels(index);
-      uint8_t* lines = group + TileLayout::kCodes + slot / 4 * g.width() + slot % 4 * 16;
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        const int64_t i = first + channel;
-        const int code = ((low[i / 8] >> (i % 8)) & 1) | (((high[i / 8] >> (i % 8)) & 1) << 1);
-        lines[channel / kStep * 64 + channel % 16] |= static_cast<uint8_t>(code << (channel % kStep / 16 * 2));
-      }
-    }
-    for (int64_t channel = 0; channel < g.outliers; ++channel) {
-      tile[layout.outliers_at + channel / 4 * 128 + place * 4 + channel % 4] =
-          static_cast<uint8_t>(from.outliers[row * g.outliers + channel] + 128);
-    }
-    const float scale = from.outlier_scales ? half_to_float(from.outlier_scales[row]) : 0.0f;
-    std::memcpy(tile + layout.outlier_scales_at + place * 4, &scale, 4);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    pack_tile(from, g, layout, tile * kTileRows, packed + tile * layout.bytes);
   }
 }
 

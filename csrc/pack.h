@@ -20,6 +20,9 @@ int64_t packed_bytes(const Geometry&);
 // tile of its own on, so that they can be multiplied together or alone.
 void pack(const Neutral&, const Geometry&, uint8_t* packed, int threads);
 
+// The int8 channels of `rows` rows of one tile and their scales, which both kinds of tiles lay out alike.
+void pack_outliers(const Neutral&, const Geometry&, int64_t first_row, int64_t rows, uint8_t* codes, uint8_t* scales);
+
 // Dequantized weights of rows first..last in site order, fp32 [last - first][columns].
 void unpack(const uint8_t* packed, const Geometry&, int64_t first, int64_t last, float* weights, int threads);
 

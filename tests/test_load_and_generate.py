@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import bitwright
 import support
+from bitwright import native
 from bitwright.calibration import read_text
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, quantized_linears
 from conftest import MODELS
@@ -279,3 +280,14 @@ def test_import_is_light() -> None:
     seconds, heavy = ran.stdout.split(maxsplit=1)
     assert heavy.strip() == "[]"
     assert float(seconds) < 2.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of mapped files on this system")
+@pytest.mark.skipif(native.find() is None, reason="built without native kernels: codes stay as they were loaded")
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_repacked_blocks_let_go_of_their_files(name: str, artifact: Callable[..., Path]) -> None:
+    """A mapped file would count a second time in resident memory: packed weights are copies."""
+    directory = artifact(name, "bwa")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert str(directory.resolve()) not in Path("/proc/self/maps").read_text()
+    assert all(linear.packed is not None for _, linear in quantized_linears(model))

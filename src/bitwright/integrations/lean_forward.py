@@ -66,7 +66,7 @@ def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
     few = 0 < x.numel() <= 8 * x.shape[-1]
     weight = self.weight
     if few and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not torch.is_grad_enabled():
-        return ops.dense_linear(x.float(), weight)
+        return ops.dense_linear_eager(x.float(), weight)
     return nn.Linear.forward(self, x)
 
 

@@ -24,6 +24,10 @@ from bitwright.integrations.lean_forward import use_lean_forward
 from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
+from bitwright.runtime.tiles import STORED
+
+SMALL = 1 << 20  # bytes: norms, permutations, biases
+_EXPONENT = 0x7C00  # of an fp16 number; all ones in NaN and infinity
 
 
 class BitwrightConfig(QuantizationConfigMixin):
@@ -85,6 +89,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
         check_scales(model)
+        leave_files(model)
         pack_sites(model)
         if self.recipe.kv is not None:
             use_quantized_cache(model, self.recipe)
@@ -141,11 +146,32 @@ def check_scales(model: nn.Module) -> None:
     """Refuse scales that are not finite: nothing sensible can come of them. Raises ArtifactError."""
     for name, linear in quantized_linears(model):
         for part, tensor in linear.stored().items():
-            if tensor.device.type != "meta" and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.device.type != "meta" and tensor.dtype == torch.float16 and not _finite(tensor):
                 raise ArtifactError(
                     f"tensor {name}.{part} of the artifact holds NaN or infinite values;"
                     " see what `bitwright verify` says"
                 )
+
+
+def _finite(halves: torch.Tensor) -> bool:
+    """As isfinite().all(), by the exponents: a tenth of the time."""
+    return int((halves.view(torch.int16) & _EXPONENT).amax()) < _EXPONENT if halves.numel() else True
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy what stays small out of the weight files.
+
+    Loaded tensors are views of mapped files, and a file stays mapped, with every page that was read, as long as one of
+    them lives. After this, packing lets go of a block's file with the last of its codes. Embeddings and a head stay
+    views: the system reads the rows that are used, and may drop them again.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type == "cpu" and parameter.nbytes <= SMALL:
+                parameter.data = parameter.data.clone()
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device.type == "cpu" and buffer.nbytes <= SMALL and name not in STORED:
+                setattr(module, name, buffer.clone())
 
 
 def connect(model: nn.Module, specs: dict[str, LayerSpec]) -> None:

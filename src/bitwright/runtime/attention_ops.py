@@ -34,7 +34,7 @@ def _check_states(name: str, states: Tensor) -> None:
 
 
 @kernel("kv_append")
-def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -> None:
     """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
 
     The bytes are those of kv_cache.encode. `states` may be a transposed view, as long as head_dim is contiguous.
@@ -69,7 +69,7 @@ def _kv_append(records: Tensor, states: Tensor, position: int, bits: int) -> Non
 
 
 @kernel("kv_attention")
-def _kv_attention(
+def kv_attention_eager(
     queries: Tensor, keys: Tensor, values: Tensor, length: int, scale: float, window: int, bits: int
 ) -> Tensor:
     """Causal attention of queries fp32 [query heads, new, head_dim] over the first `length` tokens of the cache.

@@ -16,7 +16,7 @@ from bitwright.runtime.schemas import kernel, require_float32
 
 
 @kernel("rms_norm")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x fp32 [..., width], weight fp32 [width] -> weight * x / sqrt(mean(x^2) + eps), as LlamaRMSNorm."""
     require_float32(x=x, weight=weight)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
@@ -35,7 +35,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @kernel("rope")
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x fp32 [tokens, heads, head_dim], cos and sin fp32 [tokens, head_dim] -> x rotated, contiguous.
 
     The half-split rotation of transformers' apply_rotary_pos_emb: x cos + (-second half, first half) sin. `x` may be a

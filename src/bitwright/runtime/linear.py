@@ -24,6 +24,7 @@ class Kernel:
     """The op that computes a linear exactly as its recipe says, and what it wants beside inputs, tiles and rows."""
 
     op: Callable[..., Tensor]
+    eager: Callable[..., Tensor]  # the same without torch's dispatcher
     order: Tensor | None  # int32 [columns]
     bias: Tensor | None  # fp32 [rows]
     rest: tuple[Any, ...]
@@ -182,9 +183,11 @@ class QuantizedLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(torch.float32)
             rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
             if self.counts_planes:
-                self._kernel = Kernel(plane_ops.site_planes, order, bias, (*rest, inputs.balance))
+                self._kernel = Kernel(
+                    plane_ops.site_planes, plane_ops.site_planes_eager, order, bias, (*rest, inputs.balance)
+                )
             else:
-                self._kernel = Kernel(ops.site_linear, order, bias, rest)
+                self._kernel = Kernel(ops.site_linear, ops.site_linear_eager, order, bias, rest)
         return self._kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

@@ -2,6 +2,9 @@
 
 The native kernels get addresses and sizes of tensors that are checked here; they know no torch. The reference kernels
 are torch code on the same packed bytes, for machines without a compiler and as a second opinion in the tests.
+
+torch's dispatcher takes some microseconds to call an op that is written in Python. Code that is never traced can call
+the functions behind the ops, here and in the other modules of ops: they are named as the ops are, and `_eager`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from bitwright.codebook import CodebookMatrix
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime.schemas import kernel, require_float32
-from bitwright.runtime.tiles import Geometry, unpack
+from bitwright.runtime.tiles import Geometry, geometry_of_sizes, unpack
 
 
 def cut(clip: float) -> float:
@@ -49,7 +52,7 @@ def check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, 
 
 
 @kernel("site_linear")
-def _site_linear(
+def site_linear_eager(
     x: Tensor,
     packed: Tensor,
     order: Tensor | None,
@@ -60,7 +63,7 @@ def _site_linear(
     clip: float,
 ) -> Tensor:
     """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
-    geometry = Geometry(rows, x.shape[-1], outliers, group)
+    geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group)
     check(x, packed, order, bias, geometry)
     module = native()
     if module is None:
@@ -80,13 +83,16 @@ def run_site(
     setting: int,
 ) -> Tensor:
     """Call the native product of either kind of tiles on checked tensors; `setting` is its bits or its balance."""
+    # Everything here is paid at every call: hence one look at the shape, and sizes as arguments instead of a tuple.
     x = x.contiguous()
     order = None if order is None else order.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty((*x.shape[:-1], geometry.rows), dtype=torch.float32)
+    shape = x.shape
+    tokens = shape[0] if len(shape) == 2 else x.numel() // geometry.columns
+    y = torch.empty(tokens, geometry.rows, dtype=torch.float32)
     function(
         x.data_ptr(),
-        x.numel() // geometry.columns,
+        tokens,
         packed.data_ptr(),
         geometry.rows,
         geometry.columns,
@@ -99,7 +105,7 @@ def run_site(
         y.data_ptr(),
         torch.get_num_threads(),
     )
-    return y
+    return y if len(shape) == 2 else y.view(*shape[:-1], geometry.rows)
 
 
 def site_reference(
@@ -137,7 +143,7 @@ def _dense(stored: dict[str, Tensor], geometry: Geometry) -> Tensor:
 
 
 @kernel("dense_linear")
-def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+def dense_linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     """x fp32 [..., columns], weight bfloat16 [rows, columns] -> fp32 [..., rows], products summed in fp32."""
     if x.dtype != torch.float32 or weight.dtype != torch.bfloat16 or x.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -30,7 +30,7 @@ def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> 
 
 
 @kernel("site_planes")
-def _site_planes(
+def site_planes_eager(
     x: Tensor,
     packed: Tensor,
     order: Tensor | None,

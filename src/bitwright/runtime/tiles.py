@@ -6,6 +6,7 @@ The native module packs in parallel; the torch code here is the same, readable, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +55,17 @@ class Geometry:
         return self.groups * self.group_bytes + -(-self.outliers // 4) * 128 + TILE_ROWS * 4
 
     def packed_bytes(self) -> int:
+        return self._packed_bytes
+
+    @cached_property
+    def _packed_bytes(self) -> int:  # asked at every call of an op
         return -(-self.rows // TILE_ROWS) * self.tile_bytes
+
+
+@cache
+def geometry_of_sizes(rows: int, columns: int, outliers: int, group: int) -> Geometry:
+    """The one Geometry of these sizes: a call of an op on few tokens would spend a tenth of its time on making one."""
+    return Geometry(rows, columns, outliers, group)
 
 
 def geometry_of(matrix: CodebookMatrix) -> Geometry:
