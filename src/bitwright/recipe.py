@@ -54,6 +54,9 @@ class WeightRecipe(_Part):
     outliers: OutlierCount = Field(
         "auto", description="input channels kept in int8; auto: about 3 %, see outlier_count"
     )
+    refine: int = Field(
+        0, ge=0, le=100, description="rounds of level refit and code exchange under the full Hessian after the solver"
+    )
     damping: float = Field(0.01, gt=0.0, le=1.0, description="share of the mean diagonal of H that is added to it")
 
     @model_validator(mode="after")
@@ -77,6 +80,8 @@ class WeightRecipe(_Part):
             raise ValueError(f"levels = '{self.levels}' is for method 'wgm' alone; write levels = 'em' or 'dp'")
         if self.method != "wgm" and self.bits > 4:
             raise ValueError(f"bits = {self.bits} is for method 'wgm' alone; write a number from 1 to 4")
+        if self.refine and self.kind != "free":
+            raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
         return self
 
     @property
@@ -115,6 +120,17 @@ class CalibrationRecipe(_Part):
     sequences: int = Field(128, ge=1)
     length: Literal["auto"] | int = Field("auto", description="tokens a segment; auto: 2048 or the model's context")
     seed: int = Field(0, ge=0)
+    reforward: bool = Field(
+        False,
+        description="solve the sites of a block one after the other, each on inputs that the solved ones before gave",
+    )
+    asymmetry: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="how far the target goes from the weights to those that turn the quantized inputs into the outputs"
+        " of the full-precision model (GPTAQ)",
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> CalibrationRecipe:

@@ -14,10 +14,14 @@ ROW_BLOCK = 512
 
 
 class HessianSum:
-    """Sum of X^T X [channels, channels], its upper triangle built in blocks of rows that are independent units."""
+    """Sum of X^T X [channels, channels], its upper triangle built in blocks of rows that are independent units.
 
-    def __init__(self, channels: int) -> None:
+    With `cross`, beside it the sum of X_full^T X, X_full the inputs of the full-precision model for the same tokens.
+    """
+
+    def __init__(self, channels: int, cross: bool = False) -> None:
         self.total = torch.zeros(channels, channels)
+        self.cross = torch.zeros(channels, channels) if cross else None
         self.sequences = 0
 
     def row_blocks(self) -> range:
@@ -27,6 +31,17 @@ class HessianSum:
         """Add one row block's share of x, fp32 [tokens, channels]."""
         stop = min(start + ROW_BLOCK, self.total.shape[0])
         self.total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def add_cross(self, start: int, full: Tensor, x: Tensor) -> None:
+        """Add one row block's share of full^T x, both fp32 [tokens, channels], to `cross`."""
+        if self.cross is None:
+            raise ValueError("this sum was not asked for a cross term")
+        stop = min(start + ROW_BLOCK, self.cross.shape[0])
+        self.cross[start:stop].addmm_(full[:, start:stop].T, x)
+
+    def finish_cross(self) -> Tensor | None:
+        """(2 / N) X_full^T X, or None where none was asked for."""
+        return None if self.cross is None else self.cross.mul_(2.0 / max(self.sequences, 1))
 
     def finish(self) -> Tensor:
         """H = (2 / N) X^T X, symmetric."""

@@ -3,7 +3,8 @@
 1. The full-precision stream passes the block as it is; the energy of each site's input channels gives their order.
 2. The quantized stream passes the block with full-precision weights and quantized activations, keys and values; the
    site inputs, in site order, give the Hessians (Atom's order of things, spec 2.3 (c) and (d)).
-3. Each linear is solved, in chunks of rows that are independent units of work.
+3. Each linear is solved, in chunks of rows that are independent units of work. With `reforward` steps 2 and 3 are done
+   site by site, the solved ones in their place, so that each sees what the ones before did to its input.
 4. The quantized stream passes the packed block, the very modules that a loaded artifact runs.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,7 @@ from bitwright.models.passes import run_block
 from bitwright.pipeline.plan import LayerPlan
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights
-from bitwright.solvers import SOLVERS, Factor, factorize, join_rows, native, output_error
+from bitwright.solvers import SOLVERS, Factor, asymmetric_target, factorize, join_rows, native, output_error
 from bitwright.transforms import channel_order
 from bitwright.workers import Workers
 
@@ -96,30 +98,99 @@ def measure_energy(job: BlockJob, source: Stream, target: Stream) -> None:
         job.orders[site.name] = channel_order(total, job.outliers(site), job.recipe.weights.order)
 
 
-def measure_hessians(job: BlockJob, source: Stream) -> dict[str, Tensor]:
-    """Step 2: H of every site from the quantized stream, quantized inputs in site order."""
-    sums = {site.name: HessianSum(site.columns) for site in job.sites}
+def solve_sites(
+    job: BlockJob, source: Stream, source_full: Stream
+) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
+    """Steps 2 and 3: quantized modules by their name in the block, put in place, and a log entry for each."""
+    original = _view(job.block)
+    modules: dict[str, QuantizedLinear] = {}
+    entries: list[dict[str, Any]] = []
+    phases = [(site,) for site in job.sites] if job.recipe.calibration.reforward else [job.sites]
+    with ExitStack() as stack:
+        for number, sites in enumerate(phases):
+            ahead = tuple(site for phase in phases[number:] for site in phase)
+            sums = measure_sums(job, sites, ahead, source, source_full, original, 1 / len(phases))
+            solved, log = solve_block(job, sites, sums)
+            del sums
+            for name, module in solved.items():
+                job.block.set_submodule(name, module)
+            if number + 1 < len(phases):
+                for site in sites:
+                    for linear in site.linears:
+                        stack.enter_context(dense_weights(job.block.get_submodule(linear.name)))
+            modules.update(solved)
+            entries.extend(log)
+    return modules, entries
 
-    def forward(index: int) -> dict[str, Tensor]:
+
+def measure_sums(
+    job: BlockJob,
+    sites: tuple[SiteInfo, ...],
+    ahead: tuple[SiteInfo, ...],
+    source: Stream,
+    source_full: Stream,
+    original: nn.Module,
+    share: float,
+) -> dict[str, HessianSum]:
+    """Step 2: the sums of `sites` over the quantized stream; inputs of the linears of all sites `ahead` are quantized.
+
+    Where the recipe asks for an asymmetric target, `original` runs on the full-precision stream beside it.
+    """
+    crossed = job.recipe.calibration.asymmetry > 0
+    sums = {site.name: HessianSum(site.columns, crossed) for site in sites}
+
+    def forward(index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inputs: dict[str, Tensor] = {}
+        full: dict[str, Tensor] = {}
         view = _view(job.block)
-        quantize_inputs(view, job.sites, job.orders, job.outliers, job.recipe, inputs)
-        run_block(view, source.read(index), job.arguments(cached=True))
-        job.advance("hessian", 1 / job.sequences)
-        return inputs
+        quantize_inputs(view, ahead, job.orders, job.outliers, job.recipe, inputs, sites[-1].name)
+        _until_enough(lambda: run_block(view, source.read(index), job.arguments(cached=True)))
+        if crossed:
+            view = _view(original)
+            record_inputs(view, sites, job.orders, full)
+            _until_enough(lambda: run_block(view, source_full.read(index), job.arguments(cached=False)))
+        job.advance("hessian", share / job.sequences)
+        return inputs, full
 
     wave = wave_sequences(source.shape[1])
     for start in range(0, job.sequences, wave):
         results = job.workers.map(forward, range(start, min(start + wave, job.sequences)))
 
-        def add(task: tuple[str, int], results: list[dict[str, Tensor]] = results) -> None:
-            for inputs in results:
-                sums[task[0]].add_rows(task[1], inputs[task[0]])
+        def add(task: tuple[str, int], results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = results) -> None:
+            name, row = task
+            for inputs, full in results:
+                sums[name].add_rows(row, inputs[name])
+                if crossed:
+                    sums[name].add_cross(row, full[name], inputs[name])
 
         job.workers.map(add, [(name, row) for name, total in sums.items() for row in total.row_blocks()])
         for total in sums.values():
             total.sequences += len(results)
-    return {name: total.finish() for name, total in sums.items()}
+    return sums
+
+
+class _Enough(Exception):
+    """Raised by the hook of the last site whose input is wanted: the rest of the block need not be run."""
+
+
+def _until_enough(run: Callable[[], Any]) -> None:
+    with suppress(_Enough):
+        run()
+
+
+def record_inputs(
+    block: nn.Module, sites: tuple[SiteInfo, ...], orders: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> None:
+    """Hook `block` so that a forward pass ends at the last of `sites`, having put what each saw, in site order, fp32
+    [tokens, columns], into `inputs`."""
+    for site in sites:
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], site: SiteInfo = site) -> None:
+            inputs[site.name] = args[0].reshape(-1, site.columns).float().index_select(1, orders[site.name])
+            if site is sites[-1]:
+                raise _Enough
+
+        block.get_submodule(site.leader.name).register_forward_pre_hook(hook)
 
 
 def quantize_inputs(
@@ -129,11 +200,13 @@ def quantize_inputs(
     outliers: Callable[[SiteInfo], int],
     recipe: Recipe,
     inputs: dict[str, Tensor] | None = None,
+    last: str | None = None,
 ) -> None:
     """Hook the linears of `block` so that they see quantized activations in their own channel order.
 
-    `inputs` receives, by site name, what the site saw in site order, fp32 [tokens, columns]. The hooks hold the last
-    input of each site, so a hooked block must not be run by two threads at once.
+    `inputs` receives, by site name, what the site saw in site order, fp32 [tokens, columns]; a forward pass ends once
+    the site named `last` has seen its own. The hooks hold the last input of each site, so a hooked block must not be
+    run by two threads at once.
     """
     for site in sites:
         shared: dict[str, Any] = {}
@@ -151,6 +224,8 @@ def quantize_inputs(
                 quantized = quantize_site(flat, outliers(site), recipe.weights.group, recipe.activations)
                 if inputs is not None:
                     inputs[site.name] = quantized
+                if site.name == last:
+                    raise _Enough
                 restored = torch.empty_like(quantized)
                 restored[:, order] = quantized
                 shared.update(x=x, restored=restored.reshape(x.shape).to(x.dtype))
@@ -160,7 +235,7 @@ def quantize_inputs(
             block.get_submodule(linear.name).register_forward_pre_hook(hook)
 
 
-def factorize_sites(job: BlockJob, hessians: dict[str, Tensor]) -> dict[str, Factor]:
+def factorize_sites(job: BlockJob, sites: tuple[SiteInfo, ...], hessians: dict[str, Tensor]) -> dict[str, Factor]:
     """Factors by site: one after the other on all threads in native code, else one site a thread."""
     recipe = job.recipe.weights
 
@@ -169,39 +244,41 @@ def factorize_sites(job: BlockJob, hessians: dict[str, Tensor]) -> dict[str, Fac
 
     if all(native.available(hessian) for hessian in hessians.values()):
         with torch.inference_mode():
-            factors = [prepare(site, job.workers.threads) for site in job.sites]
+            factors = [prepare(site, job.workers.threads) for site in sites]
     else:
-        factors = job.workers.map(prepare, job.sites)
-    return dict(zip([site.name for site in job.sites], factors, strict=True))
+        factors = job.workers.map(prepare, sites)
+    return dict(zip([site.name for site in sites], factors, strict=True))
 
 
-def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
-    """Step 3: quantized modules by their name in the block, and a log entry for each."""
+def solve_block(
+    job: BlockJob, sites: tuple[SiteInfo, ...], sums: dict[str, HessianSum]
+) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
+    """Step 3 for some sites: quantized modules by their name in the block, and a log entry for each."""
     solver = SOLVERS[job.recipe.weights.method]
-    weights_recipe = job.recipe.weights
+    weights_recipe, asymmetry = job.recipe.weights, job.recipe.calibration.asymmetry
 
-    factors = factorize_sites(job, hessians)
+    hessians = {name: total.finish() for name, total in sums.items()}
+    crosses = {name: total.finish_cross() for name, total in sums.items()}
+    factors = factorize_sites(job, sites, hessians)
     # Where all rows share a table, all are solved together.
-    chunk = (
-        ROW_CHUNK if weights_recipe.kind != "shared" else max(info.rows for site in job.sites for info in site.linears)
-    )
-    tasks = [
-        (site, linear, row) for site in job.sites for linear in site.linears for row in range(0, linear.rows, chunk)
-    ]
+    chunk = ROW_CHUNK if weights_recipe.kind != "shared" else max(info.rows for site in sites for info in site.linears)
+    tasks = [(site, linear, row) for site in sites for linear in site.linears for row in range(0, linear.rows, chunk)]
 
     def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
         site, linear, row = task
         began = time.perf_counter()
         weights = job.linear(linear).weight[row : row + chunk][:, job.orders[site.name]]
-        matrix = solver(weights, factors[site.name], job.outliers(site), weights_recipe)
+        factor, cross = factors[site.name], crosses[site.name]
+        aim = weights if cross is None else asymmetric_target(weights, cross, factor, asymmetry)
+        matrix = solver(aim, factor, job.outliers(site), weights_recipe)
         lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
-        job.advance("solve", 1 / len(tasks))
+        job.advance("solve", 1 / len(tasks) * len(sites) / len(job.sites))
         return matrix, lost, total, time.perf_counter() - began
 
     solved = dict(zip([(t[1].name, t[2]) for t in tasks], job.workers.map(solve, tasks), strict=True))
     modules: dict[str, QuantizedLinear] = {}
     entries: list[dict[str, Any]] = []
-    for site in job.sites:
+    for site in sites:
         for linear in site.linears:
             layer = job.layer(linear)
             parts = [solved[linear.name, row] for row in range(0, linear.rows, chunk)]
@@ -232,12 +309,8 @@ def solve_block(job: BlockJob, hessians: dict[str, Tensor]) -> tuple[dict[str, Q
     return modules, entries
 
 
-def propagate(
-    job: BlockJob, modules: dict[str, QuantizedLinear], source: Stream, target: Stream, full: Stream
-) -> float:
+def propagate(job: BlockJob, source: Stream, target: Stream, full: Stream) -> float:
     """Step 4: move the quantized stream on; returns its relative squared distance from the full-precision stream."""
-    for name, module in modules.items():
-        job.block.set_submodule(name, module)
 
     def unit(index: int) -> tuple[float, float]:
         hidden = run_block(job.block, source.read(index), job.arguments(cached=True))
@@ -261,4 +334,6 @@ def _view(block: nn.Module) -> nn.Module:
         config = module.__dict__.get("config")
         if config is not None:
             memo[id(config)] = config
+        if isinstance(module, QuantizedLinear) and module._dense is not None:
+            memo[id(module._dense)] = module._dense
     return copy.deepcopy(block, memo)

@@ -23,7 +23,7 @@ from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed, head
-from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, measure_hessians, propagate, solve_block
+from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, propagate, solve_sites
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.recipe import Recipe
@@ -262,11 +262,9 @@ class _Run:
         source_full, source = self._stream(state, "full"), self._stream(state, "quantized")
         full = Stream.create(paths["full"], self._shape())
         measure_energy(job, source_full, full)
-        hessians = measure_hessians(job, source)
-        modules, entries = solve_block(job, hessians)
-        del hessians
+        modules, entries = solve_sites(job, source, source_full)
         quantized = Stream.create(paths["quantized"], self._shape())
-        distance = propagate(job, modules, source, quantized, full)
+        distance = propagate(job, source, quantized, full)
         for entry in entries:
             entry["stream_error"] = distance
         self._write_shard(state, index + 1, self._block_tensors(index, modules))

@@ -12,6 +12,7 @@ from bitwright.solvers import bwa, rtn, wgm
 from bitwright.solvers import native as native
 from bitwright.solvers.feedback import join_rows as join_rows
 from bitwright.solvers.hessian import Factor as Factor
+from bitwright.solvers.hessian import asymmetric_target as asymmetric_target
 from bitwright.solvers.hessian import factorize as factorize
 from bitwright.solvers.hessian import output_error as output_error
 

@@ -12,8 +12,13 @@ from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers.feedback import solve_rows
 from bitwright.solvers.hessian import Factor
+from bitwright.solvers.refine import refine
 
 
 def solve(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
     """fp32 [rows, columns] in site order, outlier columns last -> codes, levels and int8 outliers."""
-    return solve_rows(weights, factor, outliers, recipe)
+    matrix = solve_rows(weights, factor, outliers, recipe)
+    if not recipe.refine or factor.hessian is None:
+        return matrix
+    alive = weights.masked_fill(factor.dead, 0.0)
+    return refine(alive, matrix, factor.hessian, recipe.refine)

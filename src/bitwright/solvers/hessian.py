@@ -25,6 +25,8 @@ class Factor:
     dead        bool [columns], inputs that were never active
     damping     the share of the mean diagonal that was added in the end
     rescue      None, or what had to be done beyond the recipe, in words
+    hessian     Hd, damped, fp32 [columns, columns]; None where only feedback is wanted
+    shift       what was added to the diagonal of H
     """
 
     upper: Tensor
@@ -32,6 +34,8 @@ class Factor:
     dead: Tensor
     damping: float
     rescue: str | None
+    hessian: Tensor | None = None
+    shift: float = 0.0
 
 
 def factorize(hessian: Tensor, damping: float, importance: Importance, threads: int | None = None) -> Factor:
@@ -54,11 +58,18 @@ def factorize(hessian: Tensor, damping: float, importance: Importance, threads: 
                 words = [f"damping raised from {damping:g} to {share:g}"] if step else []
                 words += ["factorized in float64"] if dtype == torch.float64 else []
                 weight = _importance(alive, share * mean, upper, importance)
-                return Factor(upper, weight, dead, share, ", ".join(words) or None)
+                damped = _damped(alive, share * mean)
+                return Factor(upper, weight, dead, share, ", ".join(words) or None, damped, share * mean)
         share *= 10
     upper = torch.diag((alive.diagonal() + damping * mean).rsqrt())
     weight = _importance(alive, damping * mean, upper, importance)
-    return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only")
+    only = torch.diag(alive.diagonal() + damping * mean)
+    return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only", only, damping * mean)
+
+
+def _damped(hessian: Tensor, shift: float) -> Tensor:
+    hessian.diagonal().add_(shift)
+    return hessian
 
 
 def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None) -> Tensor | None:
@@ -94,6 +105,20 @@ def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) 
     if kind == "inverse":
         return 1.0 / (upper * upper).sum(dim=0)
     return 1.0 / upper.diagonal().square()
+
+
+def asymmetric_target(weights: Tensor, cross: Tensor, factor: Factor, share: float) -> Tensor:
+    """Weights to aim at when quantized inputs X shall give what full-precision inputs X_full gave: W + share (T - W).
+
+    T = W (X_full^T X + d I) (X^T X + d I)^-1 minimises |X_full W^T - X T^T|^2 (GPTAQ, Li et al. 2025, section 3, in
+    closed form), d the damping. weights fp32 [rows, columns] in site order, cross fp32 [columns, columns] = X_full^T X.
+    """
+    if factor.hessian is None:
+        raise ValueError("an asymmetric target needs the damped Hessian in its factor")
+    # (C + d I) - (H + d I) = C - H: what the inputs have drifted, brought back through the inverse.
+    drift = weights @ (cross - factor.hessian)
+    drift += weights * factor.shift
+    return weights + share * (drift @ factor.upper.T @ factor.upper)
 
 
 def output_error(original: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[float, float]:
