@@ -1,6 +1,5 @@
 #include "pack.h"
 
-#include <array>
 #include <cstring>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -30,34 +29,41 @@ Place find(const uint8_t* packed, const TileLayout& layout, int64_t row) {
   return {packed + row / kTileRows * layout.bytes, row % kTileRows};
 }
 
-// Eight bits of a plane, one to the lowest bit of each byte.
-constexpr std::array<uint64_t, 256> kSpread = [] {
-  std::array<uint64_t, 256> spread{};
-  for (uint32_t bits = 0; bits < 256; ++bits) {
-    for (uint32_t i = 0; i < 8; ++i) spread[bits] |= static_cast<uint64_t>((bits >> i) & 1) << (i * 8);
+// `count` (1 to 64) bits of a plane from bit `shift` (0 to 7) of the first byte on.
+inline uint64_t bits_of(const uint8_t* at, int shift, int64_t count) {
+  if (shift == 0 && count == 64) {
+    uint64_t bits;
+    std::memcpy(&bits, at, 8);
+    return bits;
   }
-  return spread;
-}();
-
-// `count` (1 to 8) bits from bit `shift` of the first byte on, spread.
-uint64_t spread_bits(const uint8_t* at, int shift, int64_t count) {
-  uint32_t bits = at[0];
-  if (shift + count > 8) bits |= static_cast<uint32_t>(at[1]) << 8;
-  return kSpread[(bits >> shift) & ((1u << count) - 1)];
+  uint8_t bytes[16] = {};
+  std::memcpy(bytes, at, static_cast<size_t>((shift + count + 7) / 8));
+  uint64_t low, high;
+  std::memcpy(&low, bytes, 8);
+  std::memcpy(&high, bytes + 8, 8);
+  const uint64_t bits = shift ? low >> shift | high << (64 - shift) : low;
+  return count == 64 ? bits : bits & ((uint64_t{1} << count) - 1);
 }
 
-// The codes of one row and group, eight channels at a time: channels 8 k to 8 k + 7 are in half k % 2 of a row's 16 bytes.
-void pack_codes(const uint8_t* low, const uint8_t* high, int shift, int64_t channels, uint8_t* lines) {
-  for (int64_t first = 0; first < channels; first += kStep, lines += 64) {
-    uint64_t halves[2] = {0, 0};
-    const int64_t end = smaller(first + kStep, channels);
-    for (int64_t channel = first; channel < end; channel += 8) {
-      const int64_t count = smaller<int64_t>(8, end - channel), k = (channel - first) / 8;
-      const uint64_t codes = spread_bits(low + channel / 8, shift, count) |
-                             spread_bits(high + channel / 8, shift, count) << 1;
-      halves[k % 2] |= codes << (k / 2 * 2);
-    }
-    std::memcpy(lines, halves, 16);  // little-endian, as every processor that this is built for
+// Eight bytes as an 8 x 8 matrix of bits, transposed (Warren, Hacker's Delight, section 7-3).
+inline uint64_t transposed(uint64_t x) {
+  uint64_t t = (x ^ (x >> 7)) & 0x00aa00aa00aa00aau;
+  x ^= t ^ (t << 7);
+  t = (x ^ (x >> 14)) & 0x0000cccc0000ccccu;
+  x ^= t ^ (t << 14);
+  t = (x ^ (x >> 28)) & 0x00000000f0f0f0f0u;
+  return x ^ t ^ (t << 28);
+}
+
+// The codes of one row and group. Of 64 channels, bytes 0, 2, 4, 6 of both planes side by side, transposed as bits, are
+// the first eight bytes of codes, bytes 1, 3, 5, 7 the other eight. (Little-endian, as all that this is built for.)
+inline void pack_codes(const uint8_t* low, const uint8_t* high, int shift, int64_t channels, uint8_t* lines) {
+  constexpr uint64_t kEven = 0x00ff00ff00ff00ffu;
+  for (int64_t first = 0; first < channels; first += kStep, low += 8, high += 8, lines += 64) {
+    const int64_t count = smaller(kStep, channels - first);
+    const uint64_t l = bits_of(low, shift, count), h = bits_of(high, shift, count);
+    const uint64_t halves[2] = {transposed((l & kEven) | (h & kEven) << 8), transposed((l >> 8 & kEven) | (h & ~kEven))};
+    std::memcpy(lines, halves, 16);
   }
 }
 
