@@ -40,7 +40,7 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
     outliers, outlier_scales = matrix.outliers, matrix.outlier_scales
     error = weights - matrix.dequantize_site_order()
     blocks = [slice(start, min(start + group, normal)) for start in range(0, normal, group)]
-    factors = [torch.linalg.cholesky(hessian[block, block]) for block in blocks]
+    factors = [torch.linalg.cholesky(hessian[block, block]) for block in (*blocks, slice(normal, None))]
     for _ in range(rounds):
         for index, block in enumerate(blocks):
             square = hessian[block, block]
@@ -49,11 +49,17 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
             grid, block_ranks = _improve(target, square, grid, ranks[:, block])
             integers[:, index], scales[:, index], ranks[:, block] = grid.integers, grid.scale, block_ranks
             error[:, block] = weights[:, block] - grid.values().gather(1, block_ranks)
-        if outliers is not None:
+        if outliers is not None and outlier_scales is not None:
             block = slice(normal, matrix.columns)
-            target = _target(weights, error, hessian, block, torch.linalg.cholesky(hessian[block, block]))
-            outliers, outlier_scales = quantize_outlier_columns(target)
-            error[:, block] = weights[:, block] - outliers.float() * outlier_scales.float().unsqueeze(1)
+            target = _target(weights, error, hessian, block, factors[-1])
+            now = outliers.float() * outlier_scales.float().unsqueeze(1)
+            fresh, fresh_scales = quantize_outlier_columns(target)
+            rounded = fresh.float() * fresh_scales.float().unsqueeze(1)
+            square = hessian[block, block]
+            better = _loss(target - rounded, square) < _loss(target - now, square)
+            outliers = torch.where(better.unsqueeze(1), fresh, outliers)
+            outlier_scales = torch.where(better, fresh_scales, outlier_scales)
+            error[:, block] = weights[:, block] - torch.where(better.unsqueeze(1), rounded, now)
     by_code = torch.empty_like(integers)
     by_code[:, :, order] = integers
     planes = pack_planes(order[ranks].to(torch.uint8), matrix.bits)
