@@ -11,12 +11,19 @@ import bitwright
 import support
 from bitwright.calibration import Text, read_text
 
+TARGETS = {"weights.refine": 2, "calibration.reforward": True, "calibration.asymmetry": 1.0, "weights.levels": "dp"}
 
-@pytest.mark.parametrize("model", ["llama_biases", "mistral"])
+
+@pytest.mark.parametrize(("model", "options"), [("llama_biases", {}), ("mistral", {}), ("mistral", TARGETS)])
 def test_threads_and_repetition(
-    model: str, models: dict[str, Path], calibration: Text, evaluation_file: Path, tmp_path: Path
+    model: str,
+    options: dict[str, object],
+    models: dict[str, Path],
+    calibration: Text,
+    evaluation_file: Path,
+    tmp_path: Path,
 ) -> None:
-    recipe = bitwright.preset("bwa").with_options(support.SMALL)
+    recipe = bitwright.preset("bwa").with_options({**support.SMALL, **options})
     made = {}
     for name, threads in (("one", 1), ("two", 2), ("three", 3), ("again", 2)):
         (tmp_path / name).mkdir()
