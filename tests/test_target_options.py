@@ -1,4 +1,4 @@
-"""Options that change what a site is solved for: re-forward, the asymmetric target, refinement; through the whole run."""
+"""Options that change what a site is solved for, through the whole run: re-forward, asymmetric target, refinement."""
 
 from __future__ import annotations
 
