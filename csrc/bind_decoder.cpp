@@ -27,6 +27,12 @@ void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
     nb::gil_scoped_release free;
     hadamard(kernels(), at<const float>(x), at<float>(y), blocks, size, factor, threads);
   });
+  m.def("site_hadamard", [kernels](uintptr_t x, uintptr_t order, uintptr_t y, int64_t tokens, int64_t columns,
+                                   int64_t normal, int64_t size, int threads) {
+    nb::gil_scoped_release free;
+    site_hadamard(kernels(), at<const float>(x), at<const int32_t>(order), at<float>(y), tokens, columns, normal, size,
+                  threads);
+  });
   m.def("signed_sums", [kernels](uintptr_t values, int64_t count, int64_t order, int64_t inner, uintptr_t signs,
                                  int threads) {
     nb::gil_scoped_release free;

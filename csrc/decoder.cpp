@@ -112,6 +112,24 @@ void hadamard(const DecoderKernels& kernels, const float* x, float* y, int64_t b
   }
 }
 
+void site_hadamard(const DecoderKernels& kernels, const float* x, const int32_t* order, float* y, int64_t tokens,
+                   int64_t columns, int64_t normal, int64_t size, int threads) {
+  const int count = threads_for(threads, tokens, tokens * columns);
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t token = 0; token < tokens; ++token) {
+    const float* from = x + token * columns;
+    float* to = y + token * columns;
+    for (int64_t i = 0; i < columns; ++i) to[i] = from[order ? order[i] : i];
+    int64_t left = normal;
+    for (int64_t block = size; block > 1 && left > 1; block /= 2) {
+      const int64_t blocks = left / block;
+      if (blocks) kernels.hadamard(to, to, blocks, block, static_cast<float>(1.0 / std::sqrt(double(block))));
+      to += blocks * block;
+      left -= blocks * block;
+    }
+  }
+}
+
 void signed_sums(const DecoderKernels& kernels, float* values, int64_t count, int64_t order, int64_t inner,
                  const uint8_t* signs, int threads) {
   const int64_t chunks = (inner + kSignedColumns - 1) / kSignedColumns, items = count * chunks;

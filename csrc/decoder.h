@@ -104,6 +104,11 @@ void kv_attention(const DecoderKernels&, const Attention&, float* y, int threads
 
 void hadamard(const DecoderKernels&, const float* x, float* y, int64_t blocks, int64_t size, float factor, int threads);
 
+// x [tokens][columns] -> y, channels in site order (`order`, or null: as they are), the first `normal` of them times
+// H / sqrt(size) block by block; `size` is a power of two. What is left of them in falling powers of two below `size`.
+void site_hadamard(const DecoderKernels&, const float* x, const int32_t* order, float* y, int64_t tokens,
+                   int64_t columns, int64_t normal, int64_t size, int threads);
+
 // values [count][order][inner], each [order][inner] by the matrix of `signs`; order is a multiple of 4.
 void signed_sums(const DecoderKernels&, float* values, int64_t count, int64_t order, int64_t inner,
                  const uint8_t* signs, int threads);

@@ -12,7 +12,7 @@ import random
 import struct
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache
+from bitwright.runtime.hadamard_ops import _hadamard_reference as hadamard_reference
 from kernel_twin import kernel_linear
 
 REPO = Path(__file__).resolve().parent.parent
@@ -291,9 +292,42 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
     return matrices
 
 
-def _as_kernels(matrix: CodebookMatrix, inputs: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    flat = kernel_linear(x.reshape(-1, matrix.columns), matrix, inputs, bias)
-    return flat.reshape(*x.shape[:-1], matrix.rows)
+def site_inputs(x: Tensor, spec: dict[str, Any], order: Tensor | None) -> Tensor:
+    """x fp32 [tokens, columns] ordered and transformed, as docs/format.md says: scaled, butterflies by hand, fp32."""
+    x = x if order is None else x[:, order]
+    size, stride = spec.get("hadamard", 0), spec.get("stride", 1)
+    normal, done = spec["columns"] - spec["outliers"], 0
+    while size > 1:
+        while done + size * stride <= normal:
+            for lane in range(done, done + stride):
+                channels = torch.arange(lane, lane + size * stride, stride)
+                x = x.clone()
+                x[:, channels] = hadamard(x[:, channels], size)
+            done += size * stride
+        size = 0 if stride > 1 else 2 ** (int(math.log2(size)) - (size & (size - 1) == 0))
+    return x
+
+
+def hadamard(x: Tensor, size: int) -> Tensor:
+    """fp32 [tokens, size] times H / sqrt(size): the kernels' own float operations for powers of two."""
+    if size & (size - 1):
+        return hadamard_reference(x, size)
+    x = x * torch.tensor(1 / math.sqrt(size), dtype=torch.float32)
+    distance = 1
+    while distance < size:
+        low = torch.tensor([i for i in range(size) if not i & distance])
+        a, b = x[:, low], x[:, low + distance]
+        x = x.clone()
+        x[:, low], x[:, low + distance] = a + b, a - b
+        distance *= 2
+    return x
+
+
+def _as_kernels(matrix: CodebookMatrix, spec: dict[str, Any], inputs: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, matrix.columns)
+    if spec.get("hadamard"):
+        flat, matrix = site_inputs(flat, spec, matrix.permutation), replace(matrix, permutation=None)
+    return kernel_linear(flat, matrix, inputs, bias).reshape(*x.shape[:-1], matrix.rows)
 
 
 def block_by_block(model: Any) -> Any:
@@ -311,24 +345,33 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
     simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    layers = json.loads((artifact / "config.json").read_text())["quantization_config"]["layers"]
     for name, matrix in stored_matrices(artifact).items():
         linear = simulated.get_submodule(name)
         assert type(linear) is nn.Linear
+        spec = layers[name]
         if order == "kernels":
-            linear.forward = partial(_as_kernels, matrix, recipe.activations, linear.bias)
+            linear.forward = partial(_as_kernels, matrix, spec, recipe.activations, linear.bias)
             continue
-        weights = matrix.dequantize_site_order() if order == "site" else matrix.dequantize()
+        weights = matrix.dequantize_site_order()
+        # The whole transform as one matrix: site inputs are x @ turn, and it is orthogonal.
+        turn = site_inputs(torch.eye(matrix.columns), spec, matrix.permutation)
+        if order != "site":
+            weights = weights @ turn.T
         linear.weight.data = weights.flip(1).contiguous() if order == "reversed" else weights
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...], matrix: CodebookMatrix = matrix) -> tuple[Tensor, ...]:
+        def hook(
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            matrix: CodebookMatrix = matrix,
+            spec: dict[str, Any] = spec,
+            turn: Tensor = turn,
+        ) -> tuple[Tensor, ...]:
             (x,) = args
-            sites = torch.arange(matrix.columns) if matrix.permutation is None else matrix.permutation
-            quantized = quantize_site(
-                x.reshape(-1, matrix.columns)[:, sites], matrix.outlier_columns, matrix.group, recipe.activations
-            )
+            flat = site_inputs(x.reshape(-1, matrix.columns), spec, matrix.permutation)
+            quantized = quantize_site(flat, matrix.outlier_columns, matrix.group, recipe.activations)
             if order != "site":
-                restored = torch.empty_like(quantized)
-                restored[:, sites] = quantized
+                restored = quantized @ turn.T
                 quantized = restored.flip(1).contiguous() if order == "reversed" else restored
             return (quantized.reshape(x.shape),)
 

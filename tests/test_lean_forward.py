@@ -15,7 +15,7 @@ from torch import Tensor
 import bitwright
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import QuantizedKVCache
+from bitwright.runtime import QuantizedKVCache, linear
 from bitwright.runtime.decoder import Decoder
 from conftest import MODELS
 
@@ -74,6 +74,25 @@ def test_it_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> No
         # Attention sums in another order; a rounding difference may tip a 4-bit code, which then counts.
         assert (got - want).norm() / want.norm() < 0.05
     assert (found[0] - expected[0]).norm() / expected[0].norm() < 2e-2
+
+
+def test_a_transform_is_done_once_a_site(artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bitwright.load(artifact("qwen3", "bwa", {"transform.hadamard": "group", "weights.group": 32}))
+    ids = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    turned: list[int] = []
+    original = linear.site_hadamard_eager
+
+    def counting(x: Tensor, *rest: Any) -> Tensor:
+        turned.append(x.shape[-1])
+        return original(x, *rest)
+
+    monkeypatch.setattr(linear, "site_hadamard_eager", counting)
+    (found,) = steps(model, ids, [20])
+    width, heads, inner = 64, 4 * 24, 136
+    assert turned == [width, heads, width, inner] * model.config.num_hidden_layers
+    with without_lean_path(model):
+        (expected,) = steps(model, ids, [20])
+    assert (found - expected).norm() / expected.norm() < 2e-2
 
 
 def test_generate_says_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

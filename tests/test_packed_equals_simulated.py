@@ -90,6 +90,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"kv": None}),
     ("llama_biases", "bwa", {"activations.bits": 8, "activations.balance": "none", "kv.bits": 8}),
     ("llama_sharded", "bwa", {"activations.balance": "literal", "weights.feedback": "column"}),
+    ("llama", "bwa", {"transform.hadamard": "group", "weights.group": 32}),
+    ("qwen2", "bwa", {"transform.hadamard": "group", "activations.balance": "none"}),
+    ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

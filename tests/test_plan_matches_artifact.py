@@ -13,6 +13,7 @@ import pytest
 import bitwright
 import support
 from bitwright.artifact.shards import DTYPE_NAMES
+from bitwright.errors import RecipeError
 from conftest import MODELS
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
@@ -26,6 +27,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "bwa", {"weights.group": 64}),
     ("mistral", "rtn", {"weights.group": 64, "weights.outliers": 5}),
     ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
+    ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
 ]
 
 
@@ -131,6 +133,12 @@ def test_json_is_one_object_with_the_same_numbers(models: dict[str, Path]) -> No
     assert said["linear_bits"] == plan.linear_bits
     assert len(said["layers"]) == 14
     assert all(layer["outliers"] == 8 for layer in said["layers"])
+
+
+def test_a_group_without_a_matrix_is_refused(models: dict[str, Path]) -> None:
+    recipe = bitwright.preset("bwa").with_options({"transform.hadamard": "group", "weights.group": 184})
+    with pytest.raises(RecipeError, match=r"no matrix for weights\.group = 184; write 8 or 192"):
+        bitwright.plan(models["llama"], recipe)
 
 
 def test_wgm_says_what_its_authors_count(models: dict[str, Path]) -> None:

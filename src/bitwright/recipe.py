@@ -92,6 +92,14 @@ class WeightRecipe(_Part):
         return "uniform" if self.levels == "uniform" else "free"
 
 
+class TransformRecipe(_Part):
+    """What is done to the inputs of sites beside their order, and undone in their weights (docs/methods.md)."""
+
+    hadamard: Literal["none", "group"] = Field(
+        "none", description="group: each group of normal channels, after the order, times its Hadamard matrix"
+    )
+
+
 class ActivationRecipe(_Part):
     """The dynamic 4-bit quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
 
@@ -144,6 +152,7 @@ class Recipe(_Part):
 
     name: str = "bwa"
     weights: WeightRecipe = WeightRecipe()
+    transform: TransformRecipe = TransformRecipe()
     activations: ActivationRecipe | None = ActivationRecipe()
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()

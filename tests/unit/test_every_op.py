@@ -43,6 +43,7 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
             (gaussian(3, 4, 9).transpose(0, 1), records, records, 6, 0.3, 0, 4),
         ],
         "hadamard": [(gaussian(2, 3, 64), 16), (gaussian(64, 3).T, 64)],
+        "site_hadamard": [(x, order, 32, 1, 96), (x[0, :1], None, 12, 3, 80)],
         "rms_norm": [(gaussian(2, 9), gaussian(9), 1e-6)],
         "rope": [(gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8))],
         "find_levels": [(gaussian(5, 40), gaussian(40).abs(), search, 2, 20) for search in ("dp", "uniform")],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from bitwright.artifact.layout import (
     counted,
     layer_shapes,
     permutation_dtype,
+    requirements,
     shard_name,
 )
 from bitwright.codebook import matrix_shapes
 from bitwright.errors import ArtifactError
+from bitwright.transforms import SiteHadamard
 
 SPEC = LayerSpec(rows=6, columns=40, bits=2, group=16, kind="free", outliers=8, bias=True, permutation="a.q_proj")
 
@@ -35,6 +38,26 @@ def test_missing_keys_are_named(key: str) -> None:
     data = {k: v for k, v in SPEC.to_dict().items() if k != key}
     with pytest.raises(ArtifactError, match=rf"layer a\.q_proj without {key}; the artifact is damaged"):
         LayerSpec.from_dict("a.q_proj", data)
+
+
+def test_a_transform_is_named_where_there_is_one() -> None:
+    turned = dataclasses.replace(SPEC, hadamard=12, stride=2)
+    assert SPEC.to_dict().keys() | {"hadamard", "stride"} == turned.to_dict().keys()
+    assert LayerSpec.from_dict("x", turned.to_dict()) == turned
+    assert SPEC.transform is None
+    assert turned.transform == SiteHadamard(12, 2, 32)
+    assert requirements([SPEC, SPEC]) == []
+    assert requirements([SPEC, turned]) == ["hadamard"]
+    with pytest.raises(ArtifactError, match="layer x has a Hadamard transform of size 14, which has no matrix"):
+        LayerSpec.from_dict("x", turned.to_dict() | {"hadamard": 14})
+
+
+def test_a_reader_that_does_not_know_the_transform_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"format_version": FORMAT_VERSION, "requires": ["hadamard"]}
+    check_version(config)
+    monkeypatch.setattr("bitwright.artifact.layout.KNOWN_REQUIREMENTS", frozenset())
+    with pytest.raises(ArtifactError, match="format feature 'hadamard', which this bitwright does not know"):
+        check_version(config)
 
 
 def test_unknown_kind_is_refused() -> None:

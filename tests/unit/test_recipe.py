@@ -109,7 +109,7 @@ def test_presets() -> None:
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # what is asked for, the key that the message has to name, the cure that it has to offer
     ({"wieghts": {}}, "'wieghts'", "did you mean 'weights'?"),
-    ({"zzz": 1}, "'zzz'", "the keys there are name, weights, activations, kv, calibration"),
+    ({"zzz": 1}, "'zzz'", "the keys there are name, weights, transform, activations, kv, calibration"),
     ({"weights": {"outlier": 3}}, "'weights.outlier'", "did you mean 'outliers'?"),
     ({"weights": {"zzz": 3}}, "'weights.zzz'", "the keys there are method, bits, group, levels"),
     ({"kv": {"bit": 4}}, "'kv.bit'", "did you mean 'bits'?"),
@@ -193,7 +193,7 @@ def test_options_replace_keys() -> None:
         ({"weights.outlier": 3}, "no key 'weights.outlier'; did you mean 'outliers'?"),
         ({"wieghts.outliers": 3}, "no key 'wieghts.outliers'; did you mean 'weights'?"),
         ({"weights.outliers.x": 3}, "no key 'weights.outliers.x'"),
-        ({"zzz.x": 3}, "no key 'zzz.x'; the keys there are name, weights, activations, kv, calibration"),
+        ({"zzz.x": 3}, "no key 'zzz.x'; the keys there are name, weights, transform, activations, kv, calibration"),
         ({"": 3}, "no key ''"),
         ({"weights.bits": 9}, "weights.bits = 9: input should be less than or equal to 8"),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from bitwright.codebook import KINDS, Kind, matrix_shapes
 from bitwright.errors import ArtifactError
+from bitwright.transforms import SiteHadamard
+from bitwright.transforms.hadamard import constructible
 
 QUANT_METHOD = "bitwright"
 FORMAT_VERSION = 1
@@ -17,7 +19,8 @@ MANIFEST_NAME = "bitwright_manifest.json"
 CARD_NAME = "README.md"
 INDEX_NAME = "model.safetensors.index.json"
 # Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
+HADAMARD = "hadamard"  # layers whose input is transformed behind its order
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD})
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -32,6 +35,8 @@ class LayerSpec:
     """One quantized linear, as `quantization_config.layers` in config.json describes it.
 
     `permutation` names the linear (the site's leader) whose `permutation` tensor orders the input, or is None.
+    `hadamard` and `stride` are those of transforms.SiteHadamard; hadamard = 0: none. Left out of the dict where nothing
+    is transformed, so that such artifacts are what they were before there was a transform.
     """
 
     rows: int
@@ -42,27 +47,33 @@ class LayerSpec:
     outliers: int
     bias: bool
     permutation: str | None
+    hadamard: int = 0
+    stride: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        if not self.hadamard:
+            del data["hadamard"], data["stride"]
+        return data
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> LayerSpec:
         """Unknown keys are ignored (they may be notes of a newer version); missing and absurd ones are errors."""
         if not isinstance(data, Mapping):
             raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
-        missing = [field.name for field in fields(cls) if field.name not in data]
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in data]
         if missing:
             raise ArtifactError(
                 f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged"
             )
-        spec = cls(**{field.name: data[field.name] for field in fields(cls)})
+        spec = cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
         if spec.kind not in KINDS:
             raise ArtifactError(
                 f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
             )
-        for key, least in (("rows", 1), ("columns", 1), ("bits", 1), ("group", 1), ("outliers", 0)):
-            value = data[key]
+        least_values = {"rows": 1, "columns": 1, "bits": 1, "group": 1, "outliers": 0, "hadamard": 0, "stride": 1}
+        for key, least in least_values.items():
+            value = getattr(spec, key)
             if type(value) is not int or value < least:
                 raise ArtifactError(
                     f"config.json gives layer {name} {key} = {value!r}; expected a number from {least} on;"
@@ -73,11 +84,20 @@ class LayerSpec:
                 f"config.json gives layer {name} outliers = {spec.outliers} of {spec.columns} columns and"
                 f" permutation = {spec.permutation!r}; the artifact is damaged"
             )
+        if spec.hadamard and not constructible(spec.hadamard):
+            raise ArtifactError(f"layer {name} has a Hadamard transform of size {spec.hadamard}, which has no matrix")
         return spec
 
     @property
     def weights(self) -> int:
         return self.rows * self.columns
+
+    @property
+    def transform(self) -> SiteHadamard | None:
+        """What is done to the input behind its order."""
+        if not self.hadamard:
+            return None
+        return SiteHadamard(self.hadamard, self.stride, self.columns - self.outliers)
 
 
 def permutation_dtype(columns: int) -> torch.dtype:
@@ -105,6 +125,11 @@ def layer_shapes(name: str, spec: LayerSpec, float_dtype: torch.dtype) -> dict[s
 def counted(tensor_name: str) -> bool:
     """Whether a tensor of a quantized linear belongs to its honest bits: all but the bias and the empty sentinel."""
     return not tensor_name.endswith((".bias", ".weight"))
+
+
+def requirements(specs: Iterable[LayerSpec]) -> list[str]:
+    """The entry `requires` for these layers."""
+    return [HADAMARD] if any(spec.hadamard for spec in specs) else []
 
 
 def check_version(config: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Plain nn.Linear layers with the dequantized weights; activations and cache are no longer quantized."""
         for name, linear in list(quantized_linears(model)):
-            weights = linear.matrix().dequantize()
+            weights = linear.dequantize()
             plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
             plain.weight = nn.Parameter(weights.to(dtype or weights.dtype), requires_grad=False)
             if linear.bias is not None:

@@ -26,7 +26,7 @@ from bitwright.models import LinearInfo, SiteInfo
 from bitwright.models.passes import run_block
 from bitwright.pipeline.plan import LayerPlan
 from bitwright.recipe import Recipe
-from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights
+from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights, to_site
 from bitwright.solvers import SOLVERS, Factor, asymmetric_target, factorize, join_rows, native, output_error
 from bitwright.transforms import channel_order
 from bitwright.workers import Workers
@@ -57,6 +57,23 @@ class BlockJob:
 
     def outliers(self, site: SiteInfo) -> int:
         return self.layer(site.leader).spec.outliers
+
+    def into(self, site: SiteInfo, x: Tensor) -> Tensor:
+        """fp32 inputs [tokens, columns] as the model has them -> site order, transformed."""
+        return to_site(x, self.orders[site.name], self.layer(site.leader).spec.transform)
+
+    def back(self, site: SiteInfo, x: Tensor) -> Tensor:
+        """Undoes `into`."""
+        transform = self.layer(site.leader).spec.transform
+        restored = torch.empty_like(x)
+        restored[:, self.orders[site.name]] = x if transform is None else transform.apply(x)
+        return restored
+
+    def weights(self, site: SiteInfo, linear: LinearInfo, row: int, count: int) -> Tensor:
+        """`count` rows of a linear's weights from `row` on, for inputs that went through `into`."""
+        weights = self.linear(linear).weight[row : row + count][:, self.orders[site.name]]
+        transform = self.layer(linear).spec.transform
+        return weights if transform is None else transform.apply(weights)
 
     def linear(self, linear: LinearInfo) -> nn.Linear:
         module = self.block.get_submodule(linear.name)
@@ -143,11 +160,11 @@ def measure_sums(
         inputs: dict[str, Tensor] = {}
         full: dict[str, Tensor] = {}
         view = _view(job.block)
-        quantize_inputs(view, ahead, job.orders, job.outliers, job.recipe, inputs, sites[-1].name)
+        quantize_inputs(job, view, ahead, inputs, sites[-1].name)
         _until_enough(lambda: run_block(view, source.read(index), job.arguments(cached=True)))
         if crossed:
             view = _view(original)
-            record_inputs(view, sites, job.orders, full)
+            record_inputs(job, view, sites, full)
             _until_enough(lambda: run_block(view, source_full.read(index), job.arguments(cached=False)))
         job.advance("hessian", share / job.sequences)
         return inputs, full
@@ -178,15 +195,13 @@ def _until_enough(run: Callable[[], Any]) -> None:
         run()
 
 
-def record_inputs(
-    block: nn.Module, sites: tuple[SiteInfo, ...], orders: dict[str, Tensor], inputs: dict[str, Tensor]
-) -> None:
+def record_inputs(job: BlockJob, block: nn.Module, sites: tuple[SiteInfo, ...], inputs: dict[str, Tensor]) -> None:
     """Hook `block` so that a forward pass ends at the last of `sites`, having put what each saw, in site order, fp32
     [tokens, columns], into `inputs`."""
     for site in sites:
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], site: SiteInfo = site) -> None:
-            inputs[site.name] = args[0].reshape(-1, site.columns).float().index_select(1, orders[site.name])
+            inputs[site.name] = job.into(site, args[0].reshape(-1, site.columns).float())
             if site is sites[-1]:
                 raise _Enough
 
@@ -194,11 +209,9 @@ def record_inputs(
 
 
 def quantize_inputs(
+    job: BlockJob,
     block: nn.Module,
     sites: tuple[SiteInfo, ...],
-    orders: dict[str, Tensor],
-    outliers: Callable[[SiteInfo], int],
-    recipe: Recipe,
     inputs: dict[str, Tensor] | None = None,
     last: str | None = None,
 ) -> None:
@@ -219,16 +232,14 @@ def quantize_inputs(
         ) -> tuple[Tensor, ...]:
             (x,) = args
             if shared.get("x") is not x:
-                order = orders[site.name]
-                flat = x.reshape(-1, site.columns).float().index_select(1, order)
-                quantized = quantize_site(flat, outliers(site), recipe.weights.group, recipe.activations)
+                flat = job.into(site, x.reshape(-1, site.columns).float())
+                recipe = job.recipe
+                quantized = quantize_site(flat, job.outliers(site), recipe.weights.group, recipe.activations)
                 if inputs is not None:
                     inputs[site.name] = quantized
                 if site.name == last:
                     raise _Enough
-                restored = torch.empty_like(quantized)
-                restored[:, order] = quantized
-                shared.update(x=x, restored=restored.reshape(x.shape).to(x.dtype))
+                shared.update(x=x, restored=job.back(site, quantized).reshape(x.shape).to(x.dtype))
             return (shared["restored"],)
 
         for linear in site.linears:
@@ -267,7 +278,7 @@ def solve_block(
     def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
         site, linear, row = task
         began = time.perf_counter()
-        weights = job.linear(linear).weight[row : row + chunk][:, job.orders[site.name]]
+        weights = job.weights(site, linear, row, chunk)
         factor, cross = factors[site.name], crosses[site.name]
         aim = weights if cross is None else asymmetric_target(weights, cross, factor, asymmetry)
         matrix = solver(aim, factor, job.outliers(site), weights_recipe)

@@ -16,6 +16,7 @@ from bitwright.calibration.statistics import wave_sequences
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.recipe import Recipe, outlier_count
+from bitwright.transforms.hadamard import constructible, largest_block, next_size
 from bitwright.workers import default_threads
 
 # Python, torch and transformers as they are once imported, and what the allocator keeps of freed memory; measured.
@@ -217,10 +218,24 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPla
                 outliers=outliers,
                 bias=linear.bias,
                 permutation=f"{prefix}.{site.leader.name}" if moves else None,
+                hadamard=_hadamard(recipe),
             )
             dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
             layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype)))
     return layers
+
+
+def _hadamard(recipe: Recipe) -> int:
+    """Size of the blocks of a site's input that are transformed, 0 for none. Raises RecipeError."""
+    group = recipe.weights.group
+    if recipe.transform.hadamard == "none":
+        return 0
+    if not constructible(group):
+        raise RecipeError(
+            f"transform.hadamard = 'group' has no matrix for weights.group = {group};"
+            f" write {largest_block(group, power_of_two=True)} or {next_size(group)}"
+        )
+    return group
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Shape:

@@ -12,3 +12,4 @@ from bitwright.runtime.linear import QuantizedLinear as QuantizedLinear
 from bitwright.runtime.linear import dense_weights as dense_weights
 from bitwright.runtime.linear import pack_sites as pack_sites
 from bitwright.runtime.linear import quantized_linears as quantized_linears
+from bitwright.runtime.linear import to_site as to_site

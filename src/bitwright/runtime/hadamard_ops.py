@@ -1,4 +1,4 @@
-"""The Hadamard transform as an op: native and reference kernel; the schema stands in schemas.py."""
+"""The Hadamard transforms as ops: native and reference kernels; the schemas stand in schemas.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitwright.native import native
 from bitwright.runtime.schemas import kernel
+from bitwright.transforms import SiteHadamard
 from bitwright.transforms.hadamard import Factors, butterflies, dense_factor, dense_steps, factors
 
 
@@ -71,4 +72,51 @@ def _signed_sums(values: Tensor, signs: Tensor) -> Tensor:
     return total
 
 
+@kernel("site_hadamard")
+def site_hadamard_eager(x: Tensor, order: Tensor | None, size: int, stride: int, normal: int) -> Tensor:
+    """x fp32 [..., columns] in the model's channel order -> the same shape, in site order and transformed.
+
+    `order` is int32 [columns] or None; what is done to the first `normal` channels says transforms.SiteHadamard. Raises
+    ValueError for what does not fit, TransformError for a size without a Hadamard matrix.
+    """
+    if x.dtype != torch.float32 or x.dim() < 1:
+        raise ValueError(f"x must be float32 [..., columns]; found {x.dtype} {list(x.shape)}")
+    columns = x.shape[-1]
+    if order is not None and (order.dtype != torch.int32 or order.shape != (columns,)):
+        raise ValueError(f"order must be int32 [{columns}]; found {order.dtype} {list(order.shape)}")
+    if size < 1 or stride < 1 or not 0 <= normal <= columns:
+        raise ValueError(f"{columns} columns have no blocks of {size} x {stride} in {normal} normal channels")
+    module = native()
+    if module is None or stride > 1 or size & (size - 1):
+        return _site_pieces(x, order, SiteHadamard(size, stride, normal))
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    order = None if order is None else order.contiguous()
+    module.site_hadamard(
+        x.data_ptr(),
+        0 if order is None else order.data_ptr(),
+        y.data_ptr(),
+        x.numel() // columns if columns else 0,
+        columns,
+        normal,
+        size,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _site_pieces(x: Tensor, order: Tensor | None, site: SiteHadamard) -> Tensor:
+    """By the op of whole blocks: the same float operations."""
+    y = x.clone() if order is None else x.index_select(-1, order)
+    for begin, end, size in site.pieces():
+        values = y[..., begin:end]
+        if site.stride > 1:
+            turned = values.unflatten(-1, (-1, size, site.stride)).transpose(-1, -2).contiguous()
+            y[..., begin:end] = _hadamard(turned, size).transpose(-1, -2).flatten(-3)
+        else:
+            y[..., begin:end] = _hadamard(values, size)
+    return y
+
+
 hadamard = torch.ops.bitwright.hadamard.default
+site_hadamard = torch.ops.bitwright.site_hadamard.default

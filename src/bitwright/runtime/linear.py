@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from bitwright.codebook import CodebookMatrix, on_grid
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime import ops, plane_ops, planes, tiles
+from bitwright.runtime.hadamard_ops import site_hadamard, site_hadamard_eager
 from bitwright.runtime.tiles import STORED
+from bitwright.transforms import SiteHadamard
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,23 @@ class Kernel:
     order: Tensor | None  # int32 [columns]
     bias: Tensor | None  # fp32 [rows]
     rest: tuple[Any, ...]
+    hadamard: SiteHadamard | None = None  # of the input, behind its order
 
     def __call__(self, x: Tensor, packed: Tensor, rows: int) -> Tensor:
-        return self.op(x, packed, self.order, self.bias, rows, *self.rest)
+        order = self.order
+        if self.hadamard is not None:
+            turn = site_hadamard_eager if self.op is self.eager else site_hadamard
+            x, order = turn(x, order, *astuple(self.hadamard)), None
+        return self.op(x, packed, order, self.bias, rows, *self.rest)
+
+
+def to_site(x: Tensor, order: Tensor | None, hadamard: SiteHadamard | None) -> Tensor:
+    """fp32 [tokens, columns] in the model's channel order -> site order, transformed; `order` int64 [columns]."""
+    if hadamard is None:
+        return x if order is None else x.index_select(1, order)
+    if x.device.type == "cpu":
+        return site_hadamard(x, None if order is None else order.to(torch.int32), *astuple(hadamard))
+    return hadamard.apply(x if order is None else x.index_select(1, order))
 
 
 class QuantizedLinear(nn.Module):
@@ -165,14 +181,23 @@ class QuantizedLinear(nn.Module):
         if self.packed is not None and self._dense is None:
             return self.kernel()(x.to(torch.float32), self.packed, self.spec.rows).to(x.dtype)
         flat = x.reshape(-1, self.in_features).to(torch.float32)
-        order = self.order
-        if order is not None:
-            flat = flat.index_select(1, order)
+        flat = to_site(flat, self.order, self.spec.transform)
         flat = quantize_site(flat, self.spec.outliers, self.spec.group, self.activations)
         weights = self._dense if self._dense is not None else self.matrix().dequantize_site_order()
         bias = None if self.bias is None else self.bias.to(torch.float32)
         y = nn.functional.linear(flat, weights, bias)
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def dequantize(self) -> Tensor:
+        """fp32 [rows, columns] for inputs as the model has them: order and Hadamard undone."""
+        weights, order = self.matrix().dequantize_site_order(), self.order
+        if self.spec.transform is not None:
+            weights = self.spec.transform.apply(weights)
+        if order is None:
+            return weights
+        restored = torch.empty_like(weights)
+        restored[:, order] = weights
+        return restored
 
     def kernel(self) -> Kernel:
         """The native op for this linear, its arguments made once."""
@@ -182,12 +207,12 @@ class QuantizedLinear(nn.Module):
             order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
             bias = None if self.bias is None else self.bias.to(torch.float32)
             rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
+            op: Callable[..., Tensor] = ops.site_linear
+            eager: Callable[..., Tensor] = ops.site_linear_eager
             if self.counts_planes:
-                self._kernel = Kernel(
-                    plane_ops.site_planes, plane_ops.site_planes_eager, order, bias, (*rest, inputs.balance)
-                )
-            else:
-                self._kernel = Kernel(ops.site_linear, ops.site_linear_eager, order, bias, rest)
+                rest = (*rest, inputs.balance)
+                op, eager = plane_ops.site_planes, plane_ops.site_planes_eager
+            self._kernel = Kernel(op, eager, order, bias, rest, spec.transform)
         return self._kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

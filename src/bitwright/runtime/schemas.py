@@ -10,7 +10,7 @@ same bytes, for machines without a compiler and as a second opinion in the tests
 | `plane_ops`      | `site_planes`                               |
 | `activation_ops` | `quantize_site`                             |
 | `attention_ops`  | `kv_append`, `kv_attention`                 |
-| `hadamard_ops`   | `hadamard`                                  |
+| `hadamard_ops`   | `hadamard`, `site_hadamard`                 |
 | `block_ops`      | `rms_norm`, `rope`                          |
 | `solver_ops`     | `find_levels`, `solve_rows`                 |
 
@@ -124,6 +124,7 @@ def _kv_attention(
 
 
 @_op("hadamard(Tensor x, int block) -> Tensor")
+@_op("site_hadamard(Tensor x, Tensor? order, int size, int stride, int normal) -> Tensor")
 @_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 @_op("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 def _shaped_as_x(x: Tensor, *_: Any) -> Tensor:
