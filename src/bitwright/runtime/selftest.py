@@ -12,7 +12,19 @@ from torch import Tensor
 from bitwright.codebook import CodebookMatrix
 from bitwright.native import find
 from bitwright.packing import pack_planes
-from bitwright.runtime import ops, plane_ops, planes, tiles
+from bitwright.runtime import (
+    activation_ops,
+    attention_ops,
+    block_ops,
+    hadamard_ops,
+    ops,
+    plane_ops,
+    planes,
+    solver_ops,
+    tiles,
+)
+from bitwright.runtime.kv_cache import encode
+from bitwright.solvers.hessian import upper_factor_reference
 
 SCALAR = "scalar"
 
@@ -45,7 +57,7 @@ def self_test() -> list[Check]:
     chosen = module.chosen()
     found = []
     try:
-        for op, compute, allowed in _cases():
+        for op, compute, allowed in [*_products(), *_inputs(), *_attention(), *_solver()]:
             module.choose(SCALAR)
             expected = compute()
             for variant, runs in variants():
@@ -58,8 +70,12 @@ def self_test() -> list[Check]:
     return found
 
 
-def _cases() -> list[tuple[str, Callable[[], Tensor], float]]:
-    """(op, a computation, how far it may be from the scalar twin): odd sizes, one token and many, a clamped zero."""
+# An op, a computation, and how far it may be from the scalar twin.
+_Case = tuple[str, Callable[[], Tensor], float]
+
+
+def _products() -> list[_Case]:
+    """Odd sizes, one token and many, a clamped zero point."""
     matrix = _matrix(rows=77, columns=300, outliers=13, group=64)
     packed, counted = tiles.pack(matrix), planes.pack(matrix)
     generator = torch.Generator().manual_seed(1)
@@ -83,6 +99,83 @@ def _cases() -> list[tuple[str, Callable[[], Tensor], float]]:
         ("site_planes, 1 token", lambda: boolean(1), 0.0),
         ("site_planes, 101 tokens", lambda: boolean(101), 0.0),
         ("dense_linear", lambda: ops.dense_linear(x[:2], weight), 1e-5),
+    ]
+
+
+def _inputs() -> list[_Case]:
+    """What happens to states between the products."""
+    generator = torch.Generator().manual_seed(2)
+    x, scale = torch.randn(5, 448, generator=generator) * 3, torch.rand(448, generator=generator)
+    order = torch.randperm(448, generator=generator).to(torch.int32)
+    angles = torch.rand(5, 64, generator=generator) * 6
+    heads = x.unflatten(1, (7, 64))
+
+    def quantized() -> Tensor:
+        parts = activation_ops.quantize_site(x, order, 13, 64, 0.95)
+        return torch.cat([part.float().flatten() for part in parts])
+
+    return [
+        ("quantize_site", quantized, 0.0),
+        ("hadamard, 448", lambda: hadamard_ops.hadamard(x, 448), 0.0),
+        ("hadamard, 64", lambda: hadamard_ops.hadamard(x, 64), 0.0),
+        ("rms_norm", lambda: block_ops.rms_norm(x, scale, 1e-6), 1e-6),
+        ("rope", lambda: block_ops.rope(heads, angles.cos(), angles.sin()), 1e-6),
+    ]
+
+
+def _attention() -> list[_Case]:
+    generator = torch.Generator().manual_seed(3)
+    states, queries = torch.randn(2, 70, 72, generator=generator), torch.randn(6, 3, 72, generator=generator)
+    records = encode(states, 4)
+
+    def appended() -> Tensor:
+        empty = torch.zeros_like(records)
+        attention_ops.kv_append(empty, states, 0, 4)
+        return empty.float()
+
+    def attended() -> Tensor:
+        y: Tensor = attention_ops.kv_attention(queries, records, records, 70, 0.2, 40, 4)
+        return y
+
+    return [("kv_append", appended, 0.0), ("kv_attention", attended, 1e-4)]
+
+
+def _solver() -> list[_Case]:
+    generator = torch.Generator().manual_seed(4)
+    weights, inputs = torch.randn(9, 150, generator=generator), torch.randn(300, 150, generator=generator)
+    hessian = inputs.T @ inputs / 300 + 0.1 * torch.eye(150)
+    importance = torch.rand(150, generator=generator) + 0.5
+    factor = upper_factor_reference(hessian, 0.0, torch.float64)
+    assert factor is not None
+
+    def levels(search: str) -> Tensor:
+        integers, scale = solver_ops.find_levels(weights, importance, search, 2, 20)
+        return torch.cat([integers.float().flatten(), scale.float()])
+
+    def loss() -> Tensor:
+        """Of the solved rows: a weight on the middle of two levels may get either, which the loss hardly notices."""
+        dead = torch.zeros(150, dtype=torch.bool)
+        solved = solver_ops.solve_rows(weights, factor, importance, dead, 13, 64, 2, "dp", 20, "column", True)
+        codes, scales, by_code, _, outliers, outlier_scales = solved
+        matrix = CodebookMatrix(
+            rows=9,
+            columns=150,
+            bits=2,
+            group=64,
+            kind="free",
+            planes=codes,
+            scales=scales,
+            levels=by_code,
+            outliers=outliers,
+            outlier_scales=outlier_scales,
+        )
+        error = weights - matrix.dequantize_site_order()
+        return ((error @ hessian) * error).sum()
+
+    return [
+        ("find_levels, em", lambda: levels("em"), 0.0),
+        ("find_levels, dp", lambda: levels("dp"), 0.0),
+        ("solve_rows, its loss", loss, 0.01),
     ]
 
 
