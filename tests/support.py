@@ -251,7 +251,14 @@ def edit_json(path: Path, change: Any) -> None:
 # --- an independent simulation of an artifact -----------------------------------------------------------------------
 
 
-TORCH = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "U16": torch.uint16, "F32": torch.float32}
+TORCH = {
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "F32": torch.float32,
+}
 
 
 def as_tensor(entry: Entry) -> Tensor:
@@ -336,6 +343,17 @@ def block_by_block(model: Any) -> Any:
     return model
 
 
+def take_kept(model: Any, artifact: Path) -> None:
+    """Give an original model everything but the linears' weights from the bytes of an artifact of a rotated model."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer tied
+    tensors = read_tensors(artifact)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            entry = tensors[name]
+            if entry.raw:
+                parameter.copy_(as_tensor(entry))
+
+
 def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Module, Recipe]:
     """The original model in fp32 with the artifact's weights in its nn.Linear layers and fake-quantized inputs.
 
@@ -345,6 +363,8 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
     simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if recipe.transform.rotation != "none":
+        take_kept(simulated, artifact)
     layers = json.loads((artifact / "config.json").read_text())["quantization_config"]["layers"]
     for name, matrix in stored_matrices(artifact).items():
         linear = simulated.get_submodule(name)

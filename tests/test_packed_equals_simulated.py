@@ -93,6 +93,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "bwa", {"transform.hadamard": "group", "weights.group": 32}),
     ("qwen2", "bwa", {"transform.hadamard": "group", "activations.balance": "none"}),
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
+    *[(model, "quarot", {"weights.group": 32}) for model in (*MODELS, "qwen3")],
+    # Two bits: on the kernels.
+    ("llama", "quarot", {"weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

@@ -98,6 +98,16 @@ class TransformRecipe(_Part):
     hadamard: Literal["none", "group"] = Field(
         "none", description="group: each group of normal channels, after the order, times its Hadamard matrix"
     )
+    rotation: Literal["none", "quarot"] = Field(
+        "none", description="quarot: residual stream, heads and the inputs of the last products in a Hadamard basis"
+    )
+    seed: int = Field(0, ge=0, description="of the random signs of a rotation")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TransformRecipe:
+        if self.rotation != "none" and self.hadamard != "none":
+            raise ValueError("a rotation has transforms of its own; write hadamard = 'none' or rotation = 'none'")
+        return self
 
 
 class ActivationRecipe(_Part):
@@ -120,6 +130,7 @@ class KVRecipe(_Part):
     """The key-value cache: asymmetric, one scale and minimum a token and head."""
 
     bits: Literal[4, 8] = 4
+    hadamard: bool = Field(False, description="keys are cached times a Hadamard matrix, after RoPE (QuaRot)")
 
 
 class CalibrationRecipe(_Part):
@@ -156,6 +167,15 @@ class Recipe(_Part):
     activations: ActivationRecipe | None = ActivationRecipe()
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        if self.transform.rotation != "none" and (self.weights.outliers != 0 or self.weights.order != "none"):
+            raise ValueError(
+                f"transform.rotation = '{self.transform.rotation}' leaves no channels to set aside or to sort;"
+                " write weights.outliers = 0 and weights.order = 'none'"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -238,6 +258,21 @@ def outlier_count(columns: int, asked: OutlierCount) -> int:
 PRESETS: dict[str, Recipe] = {
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
+    # W4A4KV4, GPTQ on round-to-nearest grids; groups of 128 for weights and activations, both asymmetric.
+    "quarot": Recipe(
+        name="quarot",
+        weights=WeightRecipe(
+            bits=4,
+            levels="uniform",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        transform=TransformRecipe(rotation="quarot"),
+        activations=ActivationRecipe(balance="none", clip=0.9),
+        kv=KVRecipe(hadamard=True),
+    ),
     # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
     "wgm": Recipe(
         name="wgm",

@@ -66,6 +66,8 @@ def show(plan: Plan) -> None:
         "original", f"{plan.original_bytes:,} bytes, {plan.original_bytes / plan.total_bytes:.2f} times as large"
     )
     totals.add_row("kept as they are", f"{len(plan.kept)} tensors (embeddings, norms, head)")
+    for note in plan.notes:
+        totals.add_row("note", note)
     if plan.ignored:
         totals.add_row(
             "not in the model", f"{len(plan.ignored)} tensors of the files are left out: {plan.ignored[0]}, ..."

@@ -15,6 +15,7 @@ from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
 from bitwright.calibration.statistics import wave_sequences
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
+from bitwright.pipeline.source import Source
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.transforms.hadamard import constructible, largest_block, next_size
 from bitwright.workers import default_threads
@@ -61,6 +62,8 @@ class Plan:
     peak_memory: int
     work_disk: int
     ignored: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    unties: bool = False
 
     @property
     def linear_weights(self) -> int:
@@ -130,6 +133,7 @@ class Plan:
             ],
             "kept": {name: shape_bytes(shape) for name, shape in self.kept.items()},
             "ignored": list(self.ignored),
+            "notes": list(self.notes),
             "shards": dict(zip(self.shard_names(), self.shard_bytes, strict=True)),
             "linear_weights": self.linear_weights,
             "linear_bytes": self.linear_bytes,
@@ -161,10 +165,11 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         )
     layers: list[LayerPlan] = []
     kept: dict[str, Shape] = {}
-    shards: list[dict[str, Shape]] = [{name: _stored(checkpoint, name) for name in skeleton.outer_tensor_names()}]
+    source = Source(skeleton, recipe)
+    shards: list[dict[str, Shape]] = [source.outer_shapes()]
     kept.update(shards[0])
     for block in range(len(skeleton.blocks)):
-        own = _plan_block(skeleton, recipe, block)
+        own = _plan_block(skeleton, recipe, source, block)
         layers.extend(own)
         prefix = skeleton.block_name(block)
         replaced = {f"{layer.name}.{part}" for layer in own for part in ("weight", "bias")}
@@ -193,10 +198,12 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
         work_disk=_work_disk(skeleton, shards, sequences, length),
         ignored=tuple(skeleton.ignored),
+        notes=tuple(source.notes()),
+        unties=source.unties,
     )
 
 
-def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPlan]:
+def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) -> list[LayerPlan]:
     prefix = skeleton.block_name(block)
     layers = []
     for site in skeleton.sites(block):
@@ -207,6 +214,7 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPla
         if site.columns < 8:
             raise ModelError(f"{prefix}.{site.leader.name} has {site.columns} inputs; at least 8 are needed")
         moves = outliers > 0 or recipe.weights.order != "none"
+        hadamard, stride = source.hadamard(site) if source.rotates else (_hadamard(recipe), 1)
         for linear in site.linears:
             name = f"{prefix}.{linear.name}"
             spec = LayerSpec(
@@ -218,7 +226,8 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, block: int) -> list[LayerPla
                 outliers=outliers,
                 bias=linear.bias,
                 permutation=f"{prefix}.{site.leader.name}" if moves else None,
-                hadamard=_hadamard(recipe),
+                hadamard=hadamard,
+                stride=stride,
             )
             dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
             layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype)))

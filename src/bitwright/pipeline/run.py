@@ -25,6 +25,7 @@ from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed, head
 from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, propagate, solve_sites
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
+from bitwright.pipeline.source import Source
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedLinear
@@ -130,6 +131,7 @@ class _Run:
         self.restart, self.reporter, self.threads = restart, reporter, threads
         self.checkpoint = Checkpoint(model)
         self.skeleton = Skeleton(self.checkpoint)
+        self.source = Source(self.skeleton, recipe)
         self.plan = plan_for(self.skeleton, recipe, 0, threads)
         self.output = Path(output).absolute()
         self.log_file = Path(log_file) if log_file else self.output.with_name(self.output.name + ".log.jsonl")
@@ -154,6 +156,8 @@ class _Run:
                 f"{len(self.plan.ignored)} tensors of the weight files are not part of the model and are left out,"
                 f" first {self.plan.ignored[0]}"
             )
+        for note in self.plan.notes:
+            self.reporter.note(note)
         if self.output.exists():
             return self._already_there(facts)
         with self.directory.locked():
@@ -167,7 +171,7 @@ class _Run:
                 self.directory.clean(state)
                 self.reporter.note(f"resuming: {state.completed} of {len(self.skeleton.blocks)} blocks are done")
             with Workers(self.threads) as workers, torch.inference_mode():
-                values = self.checkpoint.load(self.skeleton.outer_tensor_names("before"))
+                values = self.source.outer("before")
                 if state is None:
                     state = self._start(facts, values)
                 calls = self._calls(values)
@@ -227,7 +231,7 @@ class _Run:
         self.directory.restart()
         self.directory.artifact.mkdir(parents=True, exist_ok=True)
         state = RunState(facts)
-        self._write_shard(state, 0, self.checkpoint.load(self.skeleton.outer_tensor_names(), dtype=None))
+        self._write_shard(state, 0, self.source.outer(stored=True))
         target = Stream.create(self.directory.path / "stream-0.f32", self._shape())
         # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
         for index in range(len(self.windows)):
@@ -249,7 +253,7 @@ class _Run:
             index=index,
             depth=len(self.skeleton.blocks),
             name=self.skeleton.block_name(index),
-            block=self.skeleton.fill_block(index),
+            block=self.source.block(index),
             sites=self.skeleton.sites(index),
             layers={layer.name: layer for layer in self.plan.layers_of(index)},
             recipe=self.recipe,
@@ -267,7 +271,7 @@ class _Run:
         distance = propagate(job, source, quantized, full)
         for entry in entries:
             entry["stream_error"] = distance
-        self._write_shard(state, index + 1, self._block_tensors(index, modules))
+        self._write_shard(state, index + 1, self._block_tensors(job, modules))
         full.finish()
         quantized.finish()
         old = set(state.streams.values())
@@ -280,10 +284,10 @@ class _Run:
         self._write_log(state)
         self.reporter.block_done(index, entries)
 
-    def _block_tensors(self, index: int, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
-        """Everything of shard `index + 1`: packed linears, and what stays as it was, in its stored dtype."""
-        shapes = self.plan.shards[index + 1]
-        prefix = self.skeleton.block_name(index)
+    def _block_tensors(self, job: BlockJob, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+        """Everything of shard `job.index + 1`: packed linears, and what stays as it was, in its stored dtype."""
+        shapes = self.plan.shards[job.index + 1]
+        prefix = job.name
         packed = {
             f"{prefix}.{name}.{part}": tensor
             for name, module in modules.items()
@@ -291,7 +295,7 @@ class _Run:
         }
         kept = [name for name in shapes if name in self.plan.kept]
         biases = [name for name in shapes if name.endswith(".bias") and name not in self.plan.kept]
-        packed.update(self.checkpoint.load([*kept, *biases], dtype=None))
+        packed.update(self.source.kept(job.index, [*kept, *biases], job.block))
         for name in packed:
             if name.endswith(".weight") and name not in self.plan.kept:
                 packed[name] = torch.empty(0, dtype=shapes[name][0])
@@ -313,7 +317,7 @@ class _Run:
 
     def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
         """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
-        values = self.checkpoint.load(self.skeleton.outer_tensor_names("after"))
+        values = self.source.outer("after")
         measured: dict[str, Any] = {}
         parts = {"calibration": range(self.recipe.calibration.sequences)}
         if self.probes:
@@ -347,6 +351,8 @@ class _Run:
                     shutil.copyfile(path, directory / path.name)
         config = dict(self.checkpoint.config)
         config["architectures"] = [self.skeleton.name]
+        if self.plan.unties:
+            config["tie_word_embeddings"] = False
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,

@@ -101,6 +101,8 @@ class _Block:
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rope_eager(q, cos, sin), rope_eager(k, cos, sin)
+        if cache.hadamard:
+            q, k = cache.turned(q), cache.turned(k)
         keys, values, position = cache.reserve(k.shape[1], tokens, self.head_dim)
         kv_append_eager(keys, k.transpose(0, 1), position, cache.bits)
         kv_append_eager(values, v.transpose(0, 1), position, cache.bits)

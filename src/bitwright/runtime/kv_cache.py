@@ -4,6 +4,9 @@ Keys are quantized *after* RoPE. The paper follows Atom and quantizes them befor
 hands over rotated keys and no angles, and undoing the rotation for every cached token at every step would cost more
 than the attention. RoPE turns pairs of channels by the same angle, so the range of a head changes little.
 
+Keys may be cached times a Hadamard matrix, which spreads what a few channels hold over all of them (QuaRot, section 4:
+attention is the same where the queries are turned, too, or the keys back).
+
 A token's record for one head is bytes: the codes, two to a byte at 4 bits (channel 2 j in the low nibble), then scale
 and minimum as fp16. Because a record is one row of a uint8 tensor, everything that transformers does to a dynamic cache
 (crop, beam reordering, batch selection, offloading) works on it unchanged.
@@ -19,6 +22,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from bitwright.recipe import KVRecipe
+from bitwright.runtime.hadamard_ops import hadamard
+from bitwright.transforms.hadamard import largest_block, transform
 
 _FP16_MAX = 65504.0
 
@@ -98,9 +103,9 @@ class _Records:
 class QuantizedKVLayer(DynamicLayer):
     """One layer of the cache; `keys` and `values` hold uint8 records [batch, heads, tokens, bytes]."""
 
-    def __init__(self, bits: int = 4, **kwargs: Any) -> None:
+    def __init__(self, bits: int = 4, hadamard: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bits = bits
+        self.bits, self.hadamard = bits, hadamard
         self._key_records, self._value_records = _Records(), _Records()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -114,12 +119,22 @@ class QuantizedKVLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self._key_records.append(self.keys, encode(key_states, self.bits))
+        self.keys = self._key_records.append(self.keys, encode(self.turned(key_states), self.bits))
         self.values = self._value_records.append(self.values, encode(value_states, self.bits))
+
+    def turned(self, states: Tensor) -> Tensor:
+        """Keys [..., head_dim] as they are cached: where the recipe says so, times the largest Hadamard matrix whose
+        order divides head_dim, in fp32. Its own inverse; queries turned like this may meet keys as they lie here."""
+        if not self.hadamard:
+            return states
+        turn = hadamard if states.device.type == "cpu" else transform
+        turned: Tensor = turn(states.to(torch.float32), largest_block(states.shape[-1]))
+        return turned
 
     def reserve(self, heads: int, tokens: int, head_dim: int) -> tuple[Tensor, Tensor, int]:
         """Room for more tokens of one sequence, to be written by the caller: buffers uint8 [heads, capacity, bytes] of
-        keys and values, and the position from which on to write. The tokens count as cached from now on.
+        keys and values, and the position from which on to write; keys go there `turned`. The tokens count as cached
+        from now on.
         """
         if not self.is_initialized:
             self.lazy_initialization(torch.empty(0))
@@ -136,8 +151,9 @@ class QuantizedKVLayer(DynamicLayer):
         self.append(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        keys = decode(self.keys, key_states.shape[-1], self.bits, torch.float32 if self.hadamard else key_states.dtype)
         return (
-            decode(self.keys, key_states.shape[-1], self.bits, key_states.dtype),
+            self.turned(keys).to(key_states.dtype),
             decode(self.values, value_states.shape[-1], self.bits, value_states.dtype),
         )
 
@@ -146,7 +162,7 @@ class QuantizedKVCache(Cache):
     """A cache for `past_key_values`, with a layer of `kv.bits` bits for each of the model's `layers` decoder blocks."""
 
     def __init__(self, layers: int, kv: KVRecipe) -> None:
-        super().__init__(layers=[QuantizedKVLayer(kv.bits) for _ in range(layers)])
+        super().__init__(layers=[QuantizedKVLayer(kv.bits, kv.hadamard) for _ in range(layers)])
 
     def stored_bytes(self) -> int:
         """Bytes that the cached tokens take."""
