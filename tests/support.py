@@ -291,6 +291,20 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
     return matrices
 
 
+def stored_outer(artifact: Path) -> dict[str, Tensor]:
+    """Embedding and head in integers, fp32 by module name, from the bytes as docs/format.md has them."""
+    tensors, found = read_tensors(artifact), {}
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    for name, spec in config.get("outer", {}).items():
+        codes = as_tensor(tensors[f"{name}.codes"]).int()
+        if spec["bits"] == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : spec["columns"]]
+            codes = torch.where(codes > 7, codes - 16, codes)
+        groups = torch.arange(spec["columns"]) // spec["group"]
+        found[name] = codes.float() * as_tensor(tensors[f"{name}.scales"]).float()[:, groups]
+    return found
+
+
 def _as_kernels(matrix: CodebookMatrix, inputs: Any, bias: Tensor | None, x: Tensor) -> Tensor:
     flat = kernel_linear(x.reshape(-1, matrix.columns), matrix, inputs, bias)
     return flat.reshape(*x.shape[:-1], matrix.rows)
@@ -311,6 +325,10 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
     simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for name, weights in stored_outer(artifact).items():
+        simulated.get_submodule(name).weight = nn.Parameter(weights, requires_grad=False)
+        if simulated.config.tie_word_embeddings:
+            simulated.lm_head.weight = simulated.model.embed_tokens.weight
     for name, matrix in stored_matrices(artifact).items():
         linear = simulated.get_submodule(name)
         assert type(linear) is nn.Linear

@@ -90,6 +90,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"kv": None}),
     ("llama_biases", "bwa", {"activations.bits": 8, "activations.balance": "none", "kv.bits": 8}),
     ("llama_sharded", "bwa", {"activations.balance": "literal", "weights.feedback": "column"}),
+    ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
+    ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
+    ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),
+    ("llama_sharded", "rtn", {"outer.head": 4, "outer.group": 64}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

@@ -10,6 +10,7 @@ import torch
 
 from bitwright.codebook import KINDS, Kind, matrix_shapes
 from bitwright.errors import ArtifactError
+from bitwright.outer import BITS, outer_matrix_shapes
 
 QUANT_METHOD = "bitwright"
 FORMAT_VERSION = 1
@@ -17,7 +18,8 @@ MANIFEST_NAME = "bitwright_manifest.json"
 CARD_NAME = "README.md"
 INDEX_NAME = "model.safetensors.index.json"
 # Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
+OUTER = "outer"  # embedding or head in integers
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({OUTER})
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -49,25 +51,12 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> LayerSpec:
         """Unknown keys are ignored (they may be notes of a newer version); missing and absurd ones are errors."""
-        if not isinstance(data, Mapping):
-            raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
-        missing = [field.name for field in fields(cls) if field.name not in data]
-        if missing:
-            raise ArtifactError(
-                f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged"
-            )
-        spec = cls(**{field.name: data[field.name] for field in fields(cls)})
+        spec = cls(**_described(cls, name, data))
         if spec.kind not in KINDS:
             raise ArtifactError(
                 f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
             )
-        for key, least in (("rows", 1), ("columns", 1), ("bits", 1), ("group", 1), ("outliers", 0)):
-            value = data[key]
-            if type(value) is not int or value < least:
-                raise ArtifactError(
-                    f"config.json gives layer {name} {key} = {value!r}; expected a number from {least} on;"
-                    " the artifact is damaged"
-                )
+        _check_numbers(name, data, {"rows": 1, "columns": 1, "bits": 1, "group": 1, "outliers": 0})
         if spec.outliers >= spec.columns or not isinstance(spec.permutation, (str, type(None))):
             raise ArtifactError(
                 f"config.json gives layer {name} outliers = {spec.outliers} of {spec.columns} columns and"
@@ -78,6 +67,55 @@ class LayerSpec:
     @property
     def weights(self) -> int:
         return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class OuterSpec:
+    """An embedding or head in integers, as `quantization_config.outer` in config.json describes it."""
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> OuterSpec:
+        """As LayerSpec.from_dict."""
+        spec = cls(**_described(cls, name, data))
+        _check_numbers(name, data, {"rows": 1, "columns": 1, "group": 8})
+        if spec.bits not in BITS or spec.group % 8:
+            raise ArtifactError(
+                f"config.json gives layer {name} bits = {spec.bits!r} and group = {spec.group}; this version reads"
+                " 8 or 4 bits in groups of a multiple of 8"
+            )
+        return spec
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+def _described(cls: type, name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` in what config.json says of a layer. Raises ArtifactError where one is missing."""
+    if not isinstance(data, Mapping):
+        raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
+    missing = [field.name for field in fields(cls) if field.name not in data]
+    if missing:
+        raise ArtifactError(f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged")
+    return {field.name: data[field.name] for field in fields(cls)}
+
+
+def _check_numbers(name: str, data: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    for key, smallest in least.items():
+        value = data[key]
+        if type(value) is not int or value < smallest:
+            raise ArtifactError(
+                f"config.json gives layer {name} {key} = {value!r}; expected a number from {smallest} on;"
+                " the artifact is damaged"
+            )
 
 
 def permutation_dtype(columns: int) -> torch.dtype:
@@ -99,6 +137,16 @@ def layer_shapes(name: str, spec: LayerSpec, float_dtype: torch.dtype) -> dict[s
         shapes[f"{name}.permutation"] = (permutation_dtype(spec.columns), (spec.columns,))
     if spec.bias:
         shapes[f"{name}.bias"] = (float_dtype, (spec.rows,))
+    return shapes
+
+
+def outer_shapes(name: str, spec: OuterSpec, float_dtype: torch.dtype) -> dict[str, Shape]:
+    """Tensor name -> dtype and shape for the embedding or head `name`, sentinel included, a head's bias not."""
+    shapes: dict[str, Shape] = {
+        f"{name}.{part}": shape
+        for part, shape in outer_matrix_shapes(spec.rows, spec.columns, spec.bits, spec.group).items()
+    }
+    shapes[f"{name}.weight"] = (float_dtype, (0,))
     return shapes
 
 

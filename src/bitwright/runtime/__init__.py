@@ -12,3 +12,6 @@ from bitwright.runtime.linear import QuantizedLinear as QuantizedLinear
 from bitwright.runtime.linear import dense_weights as dense_weights
 from bitwright.runtime.linear import pack_sites as pack_sites
 from bitwright.runtime.linear import quantized_linears as quantized_linears
+from bitwright.runtime.outer import QuantizedEmbedding as QuantizedEmbedding
+from bitwright.runtime.outer import QuantizedHead as QuantizedHead
+from bitwright.runtime.outer import quantized_outers as quantized_outers
