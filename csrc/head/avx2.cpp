@@ -8,7 +8,7 @@ namespace bitwright {
 
 namespace {
 
-// Eight codes as fp32. Four-bit ones: each lane shifts its nibble to the top and back, which extends the sign.
+// Eight codes as fp32, four-bit ones 2^28 times as large: each lane moves its nibble to the top, where the sign is.
 template <int kBits>
 inline __m256 decode(const uint8_t* p) {
   if (kBits == 8) {
@@ -17,7 +17,8 @@ inline __m256 decode(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
   const __m256i up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(word), up), 28));
+  return _mm256_cvtepi32_ps(
+      _mm256_and_si256(_mm256_sllv_epi32(_mm256_set1_epi32(word), up), _mm256_set1_epi32(static_cast<int>(0xF0000000u))));
 }
 
 inline float sum_of(__m256 t) {
@@ -34,6 +35,7 @@ inline void block(const HeadRows& w, const float* x, float* y, int64_t row, int6
   for (int r = 0; r < kRows; ++r) codes[r] = w.codes + (row + r) * w.row_bytes();
   const float* inputs = x + token * w.columns;
   const int64_t groups = w.groups();
+  const float unit = w.unit();
   __m256 total[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) total[r][t] = _mm256_setzero_ps();
@@ -68,7 +70,7 @@ inline void block(const HeadRows& w, const float* x, float* y, int64_t row, int6
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      const __m256 scale = _mm256_set1_ps(_cvtsh_ss(w.scales[(row + r) * groups + group]));
+      const __m256 scale = _mm256_set1_ps(_cvtsh_ss(w.scales[(row + r) * groups + group]) * unit);
       for (int t = 0; t < kTokens; ++t) total[r][t] = _mm256_fmadd_ps(sum[r][t], scale, total[r][t]);
     }
   }

@@ -6,11 +6,11 @@ namespace bitwright {
 
 namespace {
 
-int code_of(const HeadRows& w, int64_t row, int64_t channel) {
+float code_of(const HeadRows& w, int64_t row, int64_t channel) {
   const uint8_t* codes = w.codes + row * w.row_bytes();
-  if (w.bits == 8) return static_cast<int8_t>(codes[channel]);
+  if (w.bits == 8) return static_cast<float>(static_cast<int8_t>(codes[channel]));
   const int nibble = (codes[channel / 2] >> (channel % 2 * 4)) & 15;
-  return nibble < 8 ? nibble : nibble - 16;
+  return static_cast<float>(nibble < 8 ? nibble : nibble - 16) / w.unit();
 }
 
 }  // namespace
@@ -23,9 +23,9 @@ void head_scalar(const HeadRows& w, const float* x, int64_t tokens, float* y, in
         float s[8] = {};
         const int64_t end = smaller(w.columns, (group + 1) * w.group);
         for (int64_t i = group * w.group; i < end; ++i) {
-          s[i % 8] = std::fma(static_cast<float>(code_of(w, row, i)), x[token * w.columns + i], s[i % 8]);
+          s[i % 8] = std::fma(code_of(w, row, i), x[token * w.columns + i], s[i % 8]);
         }
-        const float scale = half_to_float(w.scales[row * w.groups() + group]);
+        const float scale = half_to_float(w.scales[row * w.groups() + group]) * w.unit();
         for (int l = 0; l < 8; ++l) t[l] = std::fma(s[l], scale, t[l]);
       }
       y[token * w.rows + row] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
