@@ -12,6 +12,7 @@
 #include "address.h"
 #include "bind_decoder.h"
 #include "bind_grouping.h"
+#include "head/kernels.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
@@ -100,6 +101,12 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release free;
     dense_linear(kernels(), at<const float>(x), tokens, at<const uint16_t>(weights), rows, columns, at<float>(y),
                  threads);
+  });
+  m.def("head_linear", [](uintptr_t x, int64_t tokens, uintptr_t codes, uintptr_t scales, int64_t rows,
+                          int64_t columns, int64_t group, int bits, uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    head_linear(kernels(), HeadRows{at<const uint8_t>(codes), at<const uint16_t>(scales), rows, columns, group, bits},
+                at<const float>(x), tokens, at<float>(y), threads);
   });
   m.def("quantize_site", [](uintptr_t x, int64_t tokens, int64_t columns, int64_t outliers, int64_t group,
                             uintptr_t order, float cut, int bits, uintptr_t codes, uintptr_t step, uintptr_t rest,

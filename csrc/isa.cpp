@@ -8,6 +8,7 @@
 
 #include "activation/kernels.h"
 #include "dense/kernels.h"
+#include "head/kernels.h"
 #include "peak/kernels.h"
 #include "product/kernels.h"
 
@@ -50,15 +51,17 @@ constexpr DecoderKernels kDecoderAvx2 = {append_avx2, attend_avx2, hadamard_avx2
 const Variant* variants(int* count) {
   static const Variant all[] = {
 #if defined(__x86_64__)
-      {{"avx512", quantize_avx2, product_avx512, dense_avx2, peak_avx512}, has_avx512(), kDecoderAvx2},
-      {{"avx2", quantize_avx2, product_avx2, dense_avx2, peak_avx2}, has_avx2(), kDecoderAvx2},
+      {{"avx512", quantize_avx2, product_avx512, dense_avx2, head_avx2, peak_avx512}, has_avx512(), kDecoderAvx2},
+      {{"avx2", quantize_avx2, product_avx2, dense_avx2, head_avx2, peak_avx2}, has_avx2(), kDecoderAvx2},
 #endif
 #if defined(__aarch64__)
-      {{"neon", quantize_neon, product_neon, dense_neon, peak_neon}, has_neon_dot(), kDecoderScalar},
+      {{"neon", quantize_neon, product_neon, dense_neon, head_scalar, peak_neon}, has_neon_dot(), kDecoderScalar},
 #endif
-      {{"scalar", quantize_scalar, product_scalar, dense_scalar, nullptr}, true, kDecoderScalar},
+      {{"scalar", quantize_scalar, product_scalar, dense_scalar, head_scalar, nullptr}, true, kDecoderScalar},
 #ifdef BITWRIGHT_WITH_EMULATION
-      {{"avx512-emulated", quantize_scalar, product_avx512_emulated, dense_scalar, nullptr}, true, kDecoderScalar},
+      {{"avx512-emulated", quantize_scalar, product_avx512_emulated, dense_scalar, head_scalar, nullptr},
+       true,
+       kDecoderScalar},
 #endif
   };
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));

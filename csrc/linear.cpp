@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include "head/kernels.h"
 #include "work.h"
 
 namespace bitwright {
@@ -46,6 +47,17 @@ void dense_linear(const Kernels& kernels, const float* x, int64_t tokens, const 
 #pragma omp parallel for schedule(static) num_threads(count)
   for (int64_t part = 0; part < parts; ++part) {
     kernels.dense(x, tokens, weights, rows, columns, y, part * kRows, smaller(rows, (part + 1) * kRows));
+  }
+}
+
+void head_linear(const Kernels& kernels, const HeadRows& weights, const float* x, int64_t tokens, float* y,
+                 int threads) {
+  constexpr int64_t kRows = 32;  // handed out together: with many tokens their codes stay in the cache
+  const int64_t parts = (weights.rows + kRows - 1) / kRows;
+  const int count = useful_threads(threads, parts, tokens);
+#pragma omp parallel for schedule(dynamic, 2) num_threads(count)
+  for (int64_t part = 0; part < parts; ++part) {
+    kernels.head(weights, x, tokens, y, part * kRows, smaller(weights.rows, (part + 1) * kRows));
   }
 }
 

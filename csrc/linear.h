@@ -13,6 +13,9 @@ void site_linear(const Kernels&, const float* x, int64_t tokens, const uint8_t* 
 void quantize_site(const Kernels&, const float* x, const Geometry&, const Quantizer&, const Activations& out,
                    int threads);
 
+// y [tokens][rows] = W x, weights of 8- or 4-bit integers; x [tokens][columns].
+void head_linear(const Kernels&, const HeadRows&, const float* x, int64_t tokens, float* y, int threads);
+
 // y [tokens][rows] = W x, weights bfloat16 [rows][columns].
 void dense_linear(const Kernels&, const float* x, int64_t tokens, const uint16_t* weights, int64_t rows,
                   int64_t columns, float* y, int threads);

@@ -73,6 +73,8 @@ struct Quantizer {
   int bits;
 };
 
+struct HeadRows;  // head/kernels.h
+
 // One instruction set's functions. Each works on a range, so that any way of sharing work can drive it.
 struct Kernels {
   const char* name;
@@ -85,6 +87,8 @@ struct Kernels {
   // rows first..last of y [tokens][rows]; weights bfloat16 [rows][columns]
   void (*dense)(const float* x, int64_t tokens, const uint16_t* weights, int64_t rows, int64_t columns, float* y,
                 int64_t first, int64_t last);
+  // rows first..last of y [tokens][rows]; weights of 8- or 4-bit integers (head/kernels.h)
+  void (*head)(const HeadRows&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last);
   // multiply-adds of `rounds` rounds of the product's arithmetic on registers alone (peak/kernels.h), or null
   int64_t (*peak)(int64_t rounds);
 };

@@ -299,6 +299,20 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
     return matrices
 
 
+def stored_outer(artifact: Path) -> dict[str, Tensor]:
+    """Embedding and head in integers, fp32 by module name, from the bytes as docs/format.md has them."""
+    tensors, found = read_tensors(artifact), {}
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    for name, spec in config.get("outer", {}).items():
+        codes = as_tensor(tensors[f"{name}.codes"]).int()
+        if spec["bits"] == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : spec["columns"]]
+            codes = torch.where(codes > 7, codes - 16, codes)
+        groups = torch.arange(spec["columns"]) // spec["group"]
+        found[name] = codes.float() * as_tensor(tensors[f"{name}.scales"]).float()[:, groups]
+    return found
+
+
 def site_inputs(x: Tensor, spec: dict[str, Any], order: Tensor | None) -> Tensor:
     """x fp32 [tokens, columns] ordered and transformed, as docs/format.md says: scaled, butterflies by hand, fp32."""
     x = x if order is None else x[:, order]
@@ -363,6 +377,10 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
     simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for name, weights in stored_outer(artifact).items():
+        simulated.get_submodule(name).weight = nn.Parameter(weights, requires_grad=False)
+        if simulated.config.tie_word_embeddings:
+            simulated.lm_head.weight = simulated.model.embed_tokens.weight
     if recipe.transform.rotation != "none":
         take_kept(simulated, artifact)
     layers = json.loads((artifact / "config.json").read_text())["quantization_config"]["layers"]

@@ -65,6 +65,16 @@ def test_a_model_by_shape(name: str) -> None:
     assert "tokens/s (12 tokens)" in support.run_cli(*words).out
 
 
+@pytest.mark.parametrize(("embedding", "head"), [(8, 4), (16, 8)])
+def test_outer_matrices_of_a_shape(embedding: int, head: int) -> None:
+    words = ["bench", "model", "tiny", "--prompt", "12", "--tokens", "2", "--json"]
+    plain = support.run_cli(*words).json
+    found = support.run_cli(*words, "--embedding", str(embedding), "--head", str(head)).json
+    # 70 rows of 96 columns, a group a row; a token reads the head alone.
+    assert plain["bytes_per_token"] - found["bytes_per_token"] == 70 * (96 * 2 - 96 * head // 8 - 2)
+    assert found["resident_bytes"] > 0
+
+
 def test_an_artifact(artifact: Callable[..., Path]) -> None:
     directory = artifact("llama", "bwa", {"activations.balance": "none"})
     found = json.loads(support.run_cli("bench", "model", directory, "--prompt", "9", "--tokens", "2", "--json").out)
@@ -76,6 +86,7 @@ def test_bad_calls() -> None:
     for words, expected in (
         (["kernels", "--shape", "llama-9"], "there is no shape 'llama-9'; the shapes are llama-2-7b"),
         (["kernels", "--tokens", "one"], "--tokens 'one' is no list of numbers"),
+        (["model", "tiny", "--head", "5"], "outer.head = 5"),
         (["model", "nowhere"], "'nowhere' is neither a directory nor one of the shapes"),
     ):
         outcome = support.run_cli("bench", *words)

@@ -96,6 +96,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, "quarot", {"weights.group": 32}) for model in (*MODELS, "qwen3")],
     # Two bits: on the kernels.
     ("llama", "quarot", {"weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
+    ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
+    ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
+    ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),
+    ("llama_sharded", "rtn", {"outer.head": 4, "outer.group": 64}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

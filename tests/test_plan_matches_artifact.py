@@ -25,6 +25,9 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"weights.order": "none", "weights.outliers": 0}),
     ("llama", "bwa", {"weights.outliers": 0, "weights.order": "none", "weights.group": 64}),
     ("mistral", "bwa", {"weights.group": 64}),
+    ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8, "outer.group": 40}),
+    ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
+    ("llama_sharded", "rtn", {"outer.head": 4}),
     ("mistral", "rtn", {"weights.group": 64, "weights.outliers": 5}),
     ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
@@ -35,13 +38,17 @@ def bits_by_hand(artifact: Path) -> tuple[float, float]:
     """(bits a weight of the linears, bits a parameter of the whole model) from the files of an artifact alone.
 
     Counted for a linear: all its tensors but the bias and the empty `weight`. A parameter of the whole model: a weight
-    of a linear, an element of a bias, and an element of every tensor that is kept as it is.
+    of a linear, of an embedding or head, an element of a bias, and an element of every tensor that is kept as it is.
     """
-    layers = json.loads((artifact / "config.json").read_text())["quantization_config"]["layers"]
-    linear_bytes = linear_weights = kept = 0
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    layers, outer = config["layers"], config.get("outer", {})
+    linear_bytes = linear_weights = 0
+    kept = sum(spec["rows"] * spec["columns"] for spec in outer.values())
     for name, entry in support.read_tensors(artifact).items():
         layer, _, part = name.rpartition(".")
-        if layer not in layers or part == "bias":
+        if layer in outer:
+            assert part in ("codes", "scales", "weight")
+        elif layer not in layers or part == "bias":
             kept += len(entry.raw) // {"F32": 4, "F16": 2, "BF16": 2}[entry.dtype]
         elif part == "weight":
             assert entry.raw == b""

@@ -158,6 +158,20 @@ class CalibrationRecipe(_Part):
         return self
 
 
+class OuterRecipe(_Part):
+    """What stands outside the blocks: embedding and output head, symmetric, rounded to nearest (bitwright.outer)."""
+
+    embedding: Literal[16, 8, 4] = Field(16, description="bits of a weight; 16 keeps the matrix as it is")
+    head: Literal[16, 8, 4] = Field(16, description="as embedding; equal to it where the model ties the two")
+    group: int = Field(128, ge=8, le=4096, description="columns of a row that share a scale")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> OuterRecipe:
+        if self.group % 8:
+            raise ValueError(f"group = {self.group} is not a multiple of 8; write for example 64 or 128")
+        return self
+
+
 class Recipe(_Part):
     """A complete recipe. `activations = None` keeps 16-bit activations, `kv = None` a 16-bit cache."""
 
@@ -167,6 +181,7 @@ class Recipe(_Part):
     activations: ActivationRecipe | None = ActivationRecipe()
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
+    outer: OuterRecipe = OuterRecipe()
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -175,10 +190,19 @@ class Recipe(_Part):
                 f"transform.rotation = '{self.transform.rotation}' leaves no channels to set aside or to sort;"
                 " write weights.outliers = 0 and weights.order = 'none'"
             )
+        if self.transform.rotation != "none" and min(self.outer.embedding, self.outer.head) < 16:
+            raise ValueError(
+                f"transform.rotation = '{self.transform.rotation}' is not made for an embedding or head in integers;"
+                " write outer.embedding = 16 and outer.head = 16"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """As JSON has it. `outer` is left out where it keeps everything: artifacts without it read as ever."""
+        data = self.model_dump(mode="json")
+        if self.outer.embedding == self.outer.head == 16:
+            del data["outer"]
+        return data
 
     def to_json(self) -> str:
         """Canonical JSON: the same bytes for equal recipes."""
@@ -207,7 +231,7 @@ class Recipe(_Part):
 
     def with_options(self, options: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced: `{"weights.outliers": 0, "kv": None}`."""
-        data = self.to_dict()
+        data = self.model_dump(mode="json")
         for key, value in options.items():
             *parents, leaf = key.split(".")
             node = data

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitwright.outer import quantize_outer
 from bitwright.runtime import planes, schemas, tiles
 from bitwright.runtime.kv_cache import encode
 
@@ -37,6 +38,9 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
         "quantize_site": [(x, order, 4, 32, 1.0), (x[0].T.contiguous().T, None, 0, 32, 0.9)],
         "dequantize": [(packed, 32, 100, 4, 32)],
         "dense_linear": [(x, gaussian(7, 100).bfloat16())],
+        "head_linear": [
+            (x, head.codes, head.scales, 32) for head in (quantize_outer(gaussian(7, 100), bits, 32) for bits in (8, 4))
+        ],
         "kv_append": [(records, gaussian(2, 2, 9), 6, 4), (records, gaussian(1, 2, 9).transpose(0, 1), 3, 4)],
         "kv_attention": [
             (gaussian(4, 1, 9), records, records, 6, 0.3, 4, 4),

@@ -46,6 +46,10 @@ or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THI
 {% endif -%}
 | whole model ({{ "{:,}".format(plan.parameters) }} parameters), embeddings and head included \
 | {{ "%.4f"|format(plan.model_bits) }} a parameter | {{ "{:,}".format(plan.total_bytes) }} |
+{% for name in plan.outer -%}
+| of these `{{ name }}`: codes, scales | {{ "%.4f"|format(plan.outer_bits(name)) }} a weight \
+| {{ "{:,}".format(plan.outer_bytes(name)) }} |
+{% endfor -%}
 | original weight files | {{ "%.4f"|format(plan.original_bytes * 8 / plan.parameters) }} a parameter \
 | {{ "{:,}".format(plan.original_bytes) }} |
 

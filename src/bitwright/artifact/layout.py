@@ -10,6 +10,7 @@ import torch
 
 from bitwright.codebook import KINDS, Kind, matrix_shapes
 from bitwright.errors import ArtifactError
+from bitwright.outer import BITS, outer_matrix_shapes
 from bitwright.transforms import SiteHadamard
 from bitwright.transforms.hadamard import constructible
 
@@ -20,7 +21,8 @@ CARD_NAME = "README.md"
 INDEX_NAME = "model.safetensors.index.json"
 # Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
 HADAMARD = "hadamard"  # layers whose input is transformed behind its order
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD})
+OUTER = "outer"  # embedding or head in integers
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER})
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -59,26 +61,13 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> LayerSpec:
         """Unknown keys are ignored (they may be notes of a newer version); missing and absurd ones are errors."""
-        if not isinstance(data, Mapping):
-            raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in data]
-        if missing:
-            raise ArtifactError(
-                f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged"
-            )
-        spec = cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
+        spec = cls(**_described(cls, name, data))
         if spec.kind not in KINDS:
             raise ArtifactError(
                 f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
             )
-        least_values = {"rows": 1, "columns": 1, "bits": 1, "group": 1, "outliers": 0, "hadamard": 0, "stride": 1}
-        for key, least in least_values.items():
-            value = getattr(spec, key)
-            if type(value) is not int or value < least:
-                raise ArtifactError(
-                    f"config.json gives layer {name} {key} = {value!r}; expected a number from {least} on;"
-                    " the artifact is damaged"
-                )
+        least = {"rows": 1, "columns": 1, "bits": 1, "group": 1, "outliers": 0, "hadamard": 0, "stride": 1}
+        _check_numbers(name, vars(spec), least)
         if spec.outliers >= spec.columns or not isinstance(spec.permutation, (str, type(None))):
             raise ArtifactError(
                 f"config.json gives layer {name} outliers = {spec.outliers} of {spec.columns} columns and"
@@ -100,6 +89,55 @@ class LayerSpec:
         return SiteHadamard(self.hadamard, self.stride, self.columns - self.outliers)
 
 
+@dataclass(frozen=True)
+class OuterSpec:
+    """An embedding or head in integers, as `quantization_config.outer` in config.json describes it."""
+
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> OuterSpec:
+        """As LayerSpec.from_dict."""
+        spec = cls(**_described(cls, name, data))
+        _check_numbers(name, data, {"rows": 1, "columns": 1, "group": 8})
+        if spec.bits not in BITS or spec.group % 8:
+            raise ArtifactError(
+                f"config.json gives layer {name} bits = {spec.bits!r} and group = {spec.group}; this version reads"
+                " 8 or 4 bits in groups of a multiple of 8"
+            )
+        return spec
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+def _described(cls: type, name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` in what config.json says of a layer. Raises ArtifactError where one is missing."""
+    if not isinstance(data, Mapping):
+        raise ArtifactError(f"config.json describes layer {name} by {data!r}; the artifact is damaged")
+    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in data]
+    if missing:
+        raise ArtifactError(f"config.json describes layer {name} without {', '.join(missing)}; the artifact is damaged")
+    return {field.name: data[field.name] for field in fields(cls) if field.name in data}
+
+
+def _check_numbers(name: str, data: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    for key, smallest in least.items():
+        value = data[key]
+        if type(value) is not int or value < smallest:
+            raise ArtifactError(
+                f"config.json gives layer {name} {key} = {value!r}; expected a number from {smallest} on;"
+                " the artifact is damaged"
+            )
+
+
 def permutation_dtype(columns: int) -> torch.dtype:
     """16 bits a channel where they reach."""
     return torch.uint16 if columns <= 65536 else torch.int32
@@ -119,6 +157,16 @@ def layer_shapes(name: str, spec: LayerSpec, float_dtype: torch.dtype) -> dict[s
         shapes[f"{name}.permutation"] = (permutation_dtype(spec.columns), (spec.columns,))
     if spec.bias:
         shapes[f"{name}.bias"] = (float_dtype, (spec.rows,))
+    return shapes
+
+
+def outer_shapes(name: str, spec: OuterSpec, float_dtype: torch.dtype) -> dict[str, Shape]:
+    """Tensor name -> dtype and shape for the embedding or head `name`, sentinel included, a head's bias not."""
+    shapes: dict[str, Shape] = {
+        f"{name}.{part}": shape
+        for part, shape in outer_matrix_shapes(spec.rows, spec.columns, spec.bits, spec.group).items()
+    }
+    shapes[f"{name}.weight"] = (float_dtype, (0,))
     return shapes
 
 

@@ -83,6 +83,8 @@ def model(
     prompt: int = typer.Option(128, min=1, help="tokens of the prompt"),
     tokens: int = typer.Option(32, min=1, help="tokens to decode"),
     layers: int | None = typer.Option(None, min=1, help="build only so many blocks of a shape"),
+    embedding: int = typer.Option(16, help="bits of a shape's embedding: 16, 8 or 4"),
+    head: int = typer.Option(16, help="bits of a shape's output head: 16, 8 or 4"),
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -98,10 +100,15 @@ def model(
 
     if threads:
         torch.set_num_threads(threads)
+    recipe = preset("bwa").with_options(
+        {"activations.balance": "none", "outer.embedding": embedding, "outer.head": head}
+    )
     if which in SHAPES:
         with console.err.status(f"building {which} with random weights"):
-            built = random_model(which, preset("bwa").with_options({"activations.balance": "none"}), layers)
+            built = random_model(which, recipe, layers)
     elif Path(which).is_dir():
+        if embedding != 16 or head != 16:
+            raise BitwrightError(f"--embedding and --head are for shapes; {which} has what it was quantized to")
         built = load(which)
         if reason := Decoder.why_not(built):
             raise BitwrightError(f"{which} does not run on the lean path: {reason}")

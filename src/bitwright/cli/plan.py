@@ -65,7 +65,10 @@ def show(plan: Plan) -> None:
     totals.add_row(
         "original", f"{plan.original_bytes:,} bytes, {plan.original_bytes / plan.total_bytes:.2f} times as large"
     )
-    totals.add_row("kept as they are", f"{len(plan.kept)} tensors (embeddings, norms, head)")
+    for name in plan.outer:
+        totals.add_row(name, f"{plan.outer_bits(name):.4f} bits a weight, {plan.outer_bytes(name):,} bytes")
+    kept = "norms, and an embedding or head not named above" if plan.outer else "embeddings, norms, head"
+    totals.add_row("kept as they are", f"{len(plan.kept)} tensors ({kept})")
     for note in plan.notes:
         totals.add_row("note", note)
     if plan.ignored:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.artifact.layout import LayerSpec
+from bitwright.artifact.layout import LayerSpec, OuterSpec
 from bitwright.recipe import Recipe, outlier_count
-from bitwright.runtime import QuantizedLinear
+from bitwright.runtime import QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from bitwright.runtime.tiles import Geometry, Views
 
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -49,9 +49,9 @@ def random_tiles(geometry: Geometry, out: Tensor | None = None) -> Tensor:
 
 
 def random_model(shape: str, recipe: Recipe, layers: int | None = None) -> Any:
-    """A packed model of that shape with random weights, embeddings and head in bfloat16, on the lean path.
+    """A packed model of that shape with random weights, on the lean path; embedding and head as `recipe.outer` says.
 
-    `layers` builds fewer blocks than the shape has.
+    What is kept in 16 bits is bfloat16. `layers` builds fewer blocks than the shape has.
     """
     import transformers
 
@@ -73,6 +73,7 @@ def random_model(shape: str, recipe: Recipe, layers: int | None = None) -> Any:
             (mlp, ("down_proj",)),
         ):
             _random_site(parent, names, recipe, f"layers.{index}")
+    _random_outer(model, recipe)
     for module in model.modules():
         for part, tensor in list(module.named_parameters(recurse=False)):
             if tensor.is_meta:
@@ -82,6 +83,23 @@ def random_model(shape: str, recipe: Recipe, layers: int | None = None) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were left on meta
     assert use_lean_forward(model)
     return model.eval()
+
+
+def _random_outer(model: Any, recipe: Recipe) -> None:
+    rows, columns = model.get_input_embeddings().weight.shape
+    dtype = torch.bfloat16
+    for bits, parent, leaf, made in (
+        (recipe.outer.embedding, model.model, "embed_tokens", QuantizedEmbedding),
+        (recipe.outer.head, model, "lm_head", QuantizedHead),
+    ):
+        if bits == 16:
+            continue
+        spec = OuterSpec(rows, columns, bits, recipe.outer.group)
+        module = made(spec, dtype)
+        # Over all codes at once, as bytes; scales that keep rows as large as those of a bfloat16 matrix.
+        module.codes.view(torch.uint8).random_(256)
+        module.scales.fill_(0.02 * 3 / 2 ** (bits - 1))
+        setattr(parent, leaf, module)
 
 
 def _random_site(parent: nn.Module, names: tuple[str, ...], recipe: Recipe, where: str) -> None:

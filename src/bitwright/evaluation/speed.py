@@ -190,11 +190,12 @@ class ModelSpeed:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of weights that one token's forward pass reads: all but the embedding, of which it reads a row."""
-    from bitwright.runtime import quantized_linears
+    from bitwright.runtime import QuantizedHead, quantized_linears
 
     packed = sum(linear.packed.numel() for _, linear in quantized_linears(model) if linear.packed is not None)
-    head: Tensor = model.get_output_embeddings().weight
-    return int(packed + head.numel() * head.element_size())
+    head = model.get_output_embeddings()
+    tensors = head.matrix().tensors().values() if isinstance(head, QuantizedHead) else [head.weight]
+    return int(packed + sum(tensor.nbytes for tensor in tensors))
 
 
 def model_speed(

@@ -17,13 +17,23 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitwright.artifact.layout import QUANT_METHOD, LayerSpec, check_version, counted, layer_shapes
+from bitwright.artifact.layout import (
+    QUANT_METHOD,
+    LayerSpec,
+    OuterSpec,
+    check_version,
+    counted,
+    layer_shapes,
+    outer_shapes,
+)
 from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
 from bitwright.integrations.lean_forward import use_lean_forward
+from bitwright.integrations.outer import connect_outer, dequantize_outer, place_outer
 from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
+from bitwright.runtime.outer import quantized_outers
 from bitwright.runtime.tiles import STORED
 
 SMALL = 1 << 20  # bytes: norms, permutations, biases
@@ -61,10 +71,15 @@ class BitwrightQuantizer(HfQuantizer):
         if not isinstance(layers, dict) or not layers:
             raise ArtifactError("quantization_config names no layers; the artifact is damaged")
         self.specs = {name: LayerSpec.from_dict(name, data) for name, data in layers.items()}
+        outer = getattr(quantization_config, "outer", {})
+        if not isinstance(outer, dict):
+            raise ArtifactError(f"quantization_config.outer is {outer!r}; the artifact is damaged")
+        self.outer = {name: OuterSpec.from_dict(name, data) for name, data in outer.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         dtype = kwargs.get("dtype") or getattr(model, "dtype", None) or torch.get_default_dtype()
-        check_files(kwargs.get("checkpoint_files") or [], self.specs)
+        place_outer(model, self.outer, dtype)
+        check_files(kwargs.get("checkpoint_files") or [], self.specs, self.outer)
         for name, spec in self.specs.items():
             try:
                 linear = model.get_submodule(name)
@@ -88,6 +103,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
+        connect_outer(model)
         check_scales(model)
         leave_files(model)
         pack_sites(model)
@@ -111,11 +127,12 @@ class BitwrightQuantizer(HfQuantizer):
             if linear.bias is not None:
                 plain.bias = nn.Parameter(linear.bias.to(plain.weight.dtype), requires_grad=False)
             model.set_submodule(name, plain)
+        dequantize_outer(model, dtype)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         return model
 
 
-def check_files(files: list[str], specs: dict[str, LayerSpec]) -> None:
+def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, OuterSpec]) -> None:
     """Refuse weight files that lack a tensor of a packed layer, or hold it in another shape or dtype.
 
     transformers would fill what is missing with whatever memory holds and only warn. Raises ArtifactError.
@@ -128,7 +145,10 @@ def check_files(files: list[str], specs: dict[str, LayerSpec]) -> None:
     for layer, spec in specs.items():
         if spec.permutation is not None and spec.permutation not in specs:
             raise ArtifactError(f"layer {layer} has the permutation of {spec.permutation}, which is no packed layer")
-        for name, (dtype, shape) in layer_shapes(layer, spec, torch.float32).items():
+    shapes = [layer_shapes(layer, spec, torch.float32) for layer, spec in specs.items()]
+    shapes += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
+    for expected in shapes:
+        for name, (dtype, shape) in expected.items():
             where = f"tensor {name} of the artifact in {Path(files[0]).parent}"
             if name not in present:
                 raise ArtifactError(f"{where} is missing from its weight files; see what `bitwright verify` says")
@@ -144,8 +164,10 @@ def check_files(files: list[str], specs: dict[str, LayerSpec]) -> None:
 
 def check_scales(model: nn.Module) -> None:
     """Refuse scales that are not finite: nothing sensible can come of them. Raises ArtifactError."""
-    for name, linear in quantized_linears(model):
-        for part, tensor in linear.stored().items():
+    stored = [(name, linear.stored()) for name, linear in quantized_linears(model)]
+    stored += [(name, outer.own_tensors()) for name, outer in quantized_outers(model)]
+    for name, tensors in stored:
+        for part, tensor in tensors.items():
             if tensor.device.type != "meta" and tensor.dtype == torch.float16 and not _finite(tensor):
                 raise ArtifactError(
                     f"tensor {name}.{part} of the artifact holds NaN or infinite values;"

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright.artifact.layout import LayerSpec, Shape, counted, layer_shapes, shard_name
+from bitwright.artifact.layout import LayerSpec, OuterSpec, Shape, counted, layer_shapes, outer_shapes, shard_name
 from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
 from bitwright.calibration.statistics import wave_sequences
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
+from bitwright.pipeline.outer import kept_outer_names, plan_outer
 from bitwright.pipeline.source import Source
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.transforms.hadamard import constructible, largest_block, next_size
@@ -64,6 +65,7 @@ class Plan:
     ignored: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     unties: bool = False
+    outer: dict[str, OuterSpec] = field(default_factory=dict)
 
     @property
     def linear_weights(self) -> int:
@@ -77,6 +79,14 @@ class Plan:
     def linear_bits(self) -> float:
         """Honest bits a weight of the quantized linears."""
         return self.linear_bytes * 8 / self.linear_weights
+
+    def outer_bytes(self, name: str) -> int:
+        """Codes and scales of a quantized embedding or head."""
+        return sum(shape_bytes(self.shards[0][f"{name}.{part}"]) for part in ("codes", "scales"))
+
+    def outer_bits(self, name: str) -> float:
+        """Honest bits a weight of a quantized embedding or head."""
+        return self.outer_bytes(name) * 8 / self.outer[name].weights
 
     @property
     def claimed_bits(self) -> float | None:
@@ -131,6 +141,10 @@ class Plan:
                 }
                 for layer in self.layers
             ],
+            "outer": {
+                name: {**spec.to_dict(), "bytes": self.outer_bytes(name), "bits_per_weight": self.outer_bits(name)}
+                for name, spec in self.outer.items()
+            },
             "kept": {name: shape_bytes(shape) for name, shape in self.kept.items()},
             "ignored": list(self.ignored),
             "notes": list(self.notes),
@@ -164,10 +178,16 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
             f"calibration.length = {length} is longer than the model's context of {context}; write {context} or less"
         )
     layers: list[LayerPlan] = []
+    outer = plan_outer(skeleton, recipe)
     kept: dict[str, Shape] = {}
     source = Source(skeleton, recipe)
-    shards: list[dict[str, Shape]] = [source.outer_shapes()]
-    kept.update(shards[0])
+    if outer:  # the recipe allows no rotation beside it
+        kept.update({name: _stored(checkpoint, name) for name in kept_outer_names(skeleton, outer)})
+    else:
+        kept.update(source.outer_shapes())
+    shards: list[dict[str, Shape]] = [dict(kept)]
+    for name, wanted in outer.items():
+        shards[0].update(outer_shapes(name, wanted, _stored(checkpoint, f"{name}.weight")[0]))
     for block in range(len(skeleton.blocks)):
         own = _plan_block(skeleton, recipe, source, block)
         layers.extend(own)
@@ -200,6 +220,7 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         ignored=tuple(skeleton.ignored),
         notes=tuple(source.notes()),
         unties=source.unties,
+        outer=outer,
     )
 
 
@@ -262,6 +283,8 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
     before, after = (
         sum(4 * tensors[name].elements for name in skeleton.outer_tensor_names(part)) for part in ("before", "after")
     )
+    if recipe.outer.embedding < 16 or recipe.outer.head < 16:
+        before, after = 2 * before, 2 * after  # the matrix and what its integers stand for
     vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
     outside = max(before, after + 3 * 4 * length * vocabulary * threads)
     worst = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import bitwright
 from bitwright.artifact.card import write_card
-from bitwright.artifact.layout import FORMAT_VERSION, QUANT_METHOD, requirements
+from bitwright.artifact.layout import FORMAT_VERSION, OUTER, QUANT_METHOD, requirements
 from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
 from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
@@ -24,6 +25,7 @@ from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed, head
 from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, propagate, solve_sites
+from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.source import Source
 from bitwright.pipeline.state import RunDirectory, RunState
@@ -231,17 +233,27 @@ class _Run:
         self.directory.restart()
         self.directory.artifact.mkdir(parents=True, exist_ok=True)
         state = RunState(facts)
-        self._write_shard(state, 0, self.source.outer(stored=True))
-        target = Stream.create(self.directory.path / "stream-0.f32", self._shape())
+        integers = outer_tensors(self.skeleton, self.plan.outer) if self.plan.outer else None
+        self._write_shard(state, 0, self.source.outer(stored=True) if integers is None else integers)
+        # One file serves both streams until they part: in block 0, or before it where the embedding is quantized.
+        full = self._embedded("stream-0.f32", values)
+        quantized = full
+        if self.recipe.outer.embedding < 16:
+            exchanged = with_outer_quantized(self.skeleton, values, self.plan.outer)
+            quantized = self._embedded("stream-0-quantized.f32", exchanged)
+        state.streams = {"full": full, "quantized": quantized}
+        self._seal(state)
+        return state
+
+    def _embedded(self, name: str, values: dict[str, Tensor]) -> str:
+        """Write the hidden states before block 0 into the stream file `name`."""
+        target = Stream.create(self.directory.path / name, self._shape())
         # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
         for index in range(len(self.windows)):
             hidden, _ = embed(self.skeleton, values, self.windows[index : index + 1])[0]
             target.write(index, hidden)
         target.finish()
-        # One file serves both streams until they part in block 0.
-        state.streams = {"full": target.path.name, "quantized": target.path.name}
-        self._seal(state)
-        return state
+        return name
 
     def _calls(self, values: dict[str, Tensor]) -> list[dict[str, Any]]:
         """What the model passes to each block beside the hidden states: the same for every window."""
@@ -318,29 +330,31 @@ class _Run:
     def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
         """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
         values = self.source.outer("after")
-        measured: dict[str, Any] = {}
         parts = {"calibration": range(self.recipe.calibration.sequences)}
         if self.probes:
             parts["evaluation"] = range(self.recipe.calibration.sequences, len(self.windows))
-        with head(self.skeleton, values) as logits:
-            for part, indices in parts.items():
-                losses = {}
-                for role in ("full", "quantized"):
-                    stream = self._stream(state, role)
+        losses: dict[str, dict[str, float]] = {}
+        for role in ("full", "quantized"):
+            if role == "quantized":
+                values = with_outer_quantized(self.skeleton, values, self.plan.outer)
+            with head(self.skeleton, values) as logits:
+                stream = self._stream(state, role)
 
-                    def unit(index: int, stream: Stream = stream) -> float:
-                        scores = logits(stream.read(index))[0, :-1]
-                        return float(torch.nn.functional.cross_entropy(scores, self.windows[index, 1:]))
+                def unit(index: int, stream: Stream = stream, logits: Callable[[Tensor], Tensor] = logits) -> float:
+                    scores = logits(stream.read(index))[0, :-1]
+                    return float(torch.nn.functional.cross_entropy(scores, self.windows[index, 1:]))
 
-                    losses[role] = sum(workers.map(unit, indices)) / len(indices)
-                measured[part] = {
-                    "windows": len(indices),
-                    "length": self.plan.length,
-                    "loss_original": losses["full"],
-                    "loss_quantized": losses["quantized"],
-                    "excess": losses["quantized"] - losses["full"],
-                }
-        return measured
+                losses[role] = {part: sum(workers.map(unit, indices)) / len(indices) for part, indices in parts.items()}
+        return {
+            part: {
+                "windows": len(indices),
+                "length": self.plan.length,
+                "loss_original": losses["full"][part],
+                "loss_quantized": losses["quantized"][part],
+                "excess": losses["quantized"][part] - losses["full"][part],
+            }
+            for part, indices in parts.items()
+        }
 
     def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any]) -> None:
         """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
@@ -356,10 +370,12 @@ class _Run:
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "requires": requirements(layer.spec for layer in self.plan.layers),
+            "requires": requirements(layer.spec for layer in self.plan.layers) + ([OUTER] if self.plan.outer else []),
             "recipe": self.recipe.to_dict(),
             "layers": {layer.name: layer.spec.to_dict() for layer in self.plan.layers},
         }
+        if self.plan.outer:
+            config["quantization_config"]["outer"] = {name: spec.to_dict() for name, spec in self.plan.outer.items()}
         write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
         write_index(directory, state.shards, self.plan.tensor_bytes)
         layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]

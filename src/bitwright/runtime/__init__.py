@@ -13,3 +13,6 @@ from bitwright.runtime.linear import dense_weights as dense_weights
 from bitwright.runtime.linear import pack_sites as pack_sites
 from bitwright.runtime.linear import quantized_linears as quantized_linears
 from bitwright.runtime.linear import to_site as to_site
+from bitwright.runtime.outer import QuantizedEmbedding as QuantizedEmbedding
+from bitwright.runtime.outer import QuantizedHead as QuantizedHead
+from bitwright.runtime.outer import quantized_outers as quantized_outers

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
 from bitwright.native import native
+from bitwright.outer import ROWS_AT_ONCE, OuterMatrix, outer_matrix_shapes
 from bitwright.recipe import ActivationRecipe
 from bitwright.runtime.schemas import kernel, require_float32
 from bitwright.runtime.tiles import Geometry, geometry_of_sizes, unpack
@@ -161,6 +162,30 @@ def dense_linear_eager(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+@kernel("head_linear")
+def head_linear_eager(x: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """x fp32 [..., columns], codes and scales of an OuterMatrix [rows, columns] -> fp32 [..., rows], summed in fp32."""
+    rows, columns, bits = codes.shape[0], x.shape[-1], 8 if codes.dtype == torch.int8 else 4
+    require_float32(x=x)
+    shapes = outer_matrix_shapes(rows, columns, bits, group) if group > 0 and group % 8 == 0 else {}
+    if shapes != {"codes": (codes.dtype, codes.shape), "scales": (scales.dtype, scales.shape)}:
+        raise ValueError(
+            f"codes and scales of x [..., {columns}] in groups of {group}, a multiple of 8, have other shapes than"
+            f" {codes.dtype} {list(codes.shape)} and {scales.dtype} {list(scales.shape)}"
+        )
+    module = native()
+    if module is None:
+        weights = OuterMatrix(codes, scales, columns, group)
+        parts = torch.arange(rows).split(ROWS_AT_ONCE)  # the whole head in fp32 would be the largest tensor by far
+        return torch.cat([torch.nn.functional.linear(x, weights.select(part).dequantize()) for part in parts], dim=-1)
+    x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    addresses = (codes.data_ptr(), scales.data_ptr())
+    tokens, threads = x.numel() // columns, torch.get_num_threads()
+    module.head_linear(x.data_ptr(), tokens, *addresses, rows, columns, group, bits, y.data_ptr(), threads)
+    return y
+
+
 @kernel("dequantize")
 def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
     """Packed weights of a site -> fp32 [rows, columns] in site order, exact."""
@@ -177,4 +202,5 @@ def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: i
 
 site_linear = torch.ops.bitwright.site_linear.default
 dequantize = torch.ops.bitwright.dequantize.default
+head_linear = torch.ops.bitwright.head_linear.default
 dense_linear = torch.ops.bitwright.dense_linear.default

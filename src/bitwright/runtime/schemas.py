@@ -4,15 +4,15 @@ A fake kernel says which tensors an op returns without computing them, which is 
 need. What computes them stands beside: for every op a native kernel on the CPU, and a reference kernel in torch on the
 same bytes, for machines without a compiler and as a second opinion in the tests.
 
-| module           | ops                                         |
-|------------------|---------------------------------------------|
-| `ops`            | `site_linear`, `dequantize`, `dense_linear` |
-| `plane_ops`      | `site_planes`                               |
-| `activation_ops` | `quantize_site`                             |
-| `attention_ops`  | `kv_append`, `kv_attention`                 |
-| `hadamard_ops`   | `hadamard`, `site_hadamard`                 |
-| `block_ops`      | `rms_norm`, `rope`                          |
-| `solver_ops`     | `find_levels`, `solve_rows`                 |
+| module           | ops                                                        |
+|------------------|------------------------------------------------------------|
+| `ops`            | `site_linear`, `dequantize`, `dense_linear`, `head_linear` |
+| `plane_ops`      | `site_planes`                                              |
+| `activation_ops` | `quantize_site`                                            |
+| `attention_ops`  | `kv_append`, `kv_attention`                                |
+| `hadamard_ops`   | `hadamard`, `site_hadamard`                                |
+| `block_ops`      | `rms_norm`, `rope`                                         |
+| `solver_ops`     | `find_levels`, `solve_rows`                                |
 
 The kernels check what they are given and raise ValueError; the native code gets addresses and sizes and knows no torch.
 """
@@ -102,8 +102,9 @@ def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: i
 # --- the rest of a decoder block --------------------------------------------------------------------------------------
 
 
+@_op("head_linear(Tensor x, Tensor codes, Tensor scales, int group) -> Tensor")
 @_op("dense_linear(Tensor x, Tensor weight) -> Tensor")
-def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+def _dense_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.native import find
+from bitwright.outer import quantize_outer
 from bitwright.packing import pack_planes
 from bitwright.runtime import (
     activation_ops,
@@ -84,6 +85,12 @@ def _products() -> list[_Case]:
     order = torch.randperm(300, generator=generator).to(torch.int32)
     weight = torch.randn(50, 300, generator=generator).to(torch.bfloat16)
 
+    heads = {bits: quantize_outer(torch.randn(50, 300, generator=generator), bits, 64) for bits in (8, 4)}
+
+    def head(bits: int, tokens: int) -> Tensor:
+        y: Tensor = ops.head_linear(x[:tokens], heads[bits].codes, heads[bits].scales, 64)
+        return y
+
     def linear(tokens: int) -> Tensor:
         y: Tensor = ops.site_linear(x[:tokens], packed, order, None, matrix.rows, 13, 64, 1.0)
         return y
@@ -98,6 +105,8 @@ def _products() -> list[_Case]:
         ("site_linear, 101 tokens", lambda: linear(101), 0.0),
         ("site_planes, 1 token", lambda: boolean(1), 0.0),
         ("site_planes, 101 tokens", lambda: boolean(101), 0.0),
+        ("head_linear, 8 bits", lambda: head(8, 1), 0.0),
+        ("head_linear, 4 bits", lambda: head(4, 7), 0.0),
         ("dense_linear", lambda: ops.dense_linear(x[:2], weight), 1e-5),
     ]
 
