@@ -102,7 +102,7 @@ def test_presets() -> None:
     for name, recipe in PRESETS.items():
         assert recipe.name == name
         assert Recipe.from_dict(recipe.to_dict()) == recipe
-    with pytest.raises(RecipeError, match="no preset 'gptq'; the presets are bwa, rtn, wgm"):
+    with pytest.raises(RecipeError, match="no preset 'gptq'; the presets are bwa, quarot, rtn, wgm"):
         preset("gptq")
 
 
