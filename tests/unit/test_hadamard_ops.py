@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitwright import native
 from bitwright.errors import TransformError
 from bitwright.runtime import hadamard_ops
 from bitwright.runtime.hadamard_ops import hadamard
@@ -77,6 +80,30 @@ def test_all_variants_agree_to_the_last_bit(
     expected = hadamard_ops._hadamard_reference(x, block)
     for name, found in on_every_variant(lambda: hadamard(x, block), count).items():
         assert torch.equal(found, expected), name
+
+
+@needs_native
+def test_tables_live_as_long_as_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that two threads fill at once keeps one's table; the other's must not be freed before it is used."""
+    tables: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    module = native.native()
+
+    def uncached(order: int) -> Tensor:
+        table = original(order)
+        tables.append(weakref.ref(table))
+        return table
+
+    def signed_sums(*rest: int) -> None:
+        alive.append(tables[-1]() is not None)
+        module.signed_sums(*rest)
+
+    original = hadamard_ops.signs.__wrapped__
+    watched = SimpleNamespace(hadamard=module.hadamard, signed_sums=signed_sums)
+    monkeypatch.setattr(hadamard_ops, "signs", uncached)
+    monkeypatch.setattr(hadamard_ops, "native", lambda: watched)
+    hadamard_ops._hadamard(gaussian(2, 240), 240)
+    assert alive == [True, True]
 
 
 def test_a_nan_stays_in_its_block(backend: str) -> None:

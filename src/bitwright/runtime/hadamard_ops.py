@@ -46,7 +46,9 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     module.hadamard(x.data_ptr(), y.data_ptr(), x.numel() // parts.power, parts.power, 1.0 / math.sqrt(block), threads)
     for order, inner in dense_steps(parts):
         count = x.numel() // (order * inner)
-        module.signed_sums(y.data_ptr(), count, order, inner, signs(order).data_ptr(), threads)
+        # Held by a name: of two threads that make it at the same time, only one's tensor is in the cache.
+        table = signs(order)
+        module.signed_sums(y.data_ptr(), count, order, inner, table.data_ptr(), threads)
     return y
 
 
