@@ -98,6 +98,10 @@ def test_presets() -> None:
     assert (wgm.weights.outliers, wgm.weights.order, wgm.weights.penalty) == (0, "none", 0.75)
     assert wgm.activations is wgm.kv is None
     assert [preset(name).weights.kind for name in ("bwa", "rtn", "wgm")] == ["free", "uniform", "shared"]
+    quarot = preset("quarot")
+    assert (quarot.weights.bits, quarot.weights.kind, quarot.weights.feedback) == (4, "uniform", "column")
+    assert (quarot.transform.rotation, quarot.kv) == ("quarot", KVRecipe(bits=4, hadamard=True))
+    assert quarot.activations == ActivationRecipe(balance="none", clip=0.9)
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
     for name, recipe in PRESETS.items():
         assert recipe.name == name
