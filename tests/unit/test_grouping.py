@@ -19,7 +19,7 @@ from bitwright.solvers.grouping import (
     optimal_grouping,
 )
 
-from .test_ops import backend, needs_native, restore, use  # noqa: F401 (a fixture)
+from .backends import needs_native, restore, use
 from .twins import examples
 
 
@@ -67,7 +67,7 @@ WORKED = np.array([0.0, 1.0, 4.0, 5.0, 6.0, 7.0, 11.0, 12.0])
 
 
 @pytest.mark.parametrize("algorithm", [dynamic_grouping, optimal_grouping])
-def test_worked_example(algorithm: object, backend: str) -> None:  # noqa: F811
+def test_worked_example(algorithm: object, backend: str) -> None:
     found = algorithm(Magnitudes.of(WORKED), 4, 0.0)  # type: ignore[operator]
     assert found.levels.tolist() == [0.5, 4.5, 6.5, 11.5]
     assert found.begins.tolist() == [0, 2, 4, 6]
@@ -150,7 +150,7 @@ def test_native_is_the_reference(size: int, distinct: int, window: int, groups: 
     assert ours[1].cost(penalty) == pytest.approx(plain[1].cost(penalty), rel=1e-10, abs=1e-12)
 
 
-def test_fast_optimum_of_thousands(backend: str) -> None:  # noqa: F811
+def test_fast_optimum_of_thousands(backend: str) -> None:
     magnitudes = skewed(20000, 5, 600)
     fast, slow = optimal_grouping(magnitudes, 16, 0.75), dynamic_grouping(magnitudes, 16, 0.75)
     assert fast.cost(0.75) == pytest.approx(slow.cost(0.75), rel=1e-12)

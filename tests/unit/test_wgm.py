@@ -18,7 +18,7 @@ from bitwright.runtime import ops, planes, tiles
 from bitwright.solvers import SOLVERS, wgm
 from bitwright.solvers.hessian import Factor
 
-from .test_ops import backend, needs_native, restore, use  # noqa: F401 (a fixture)
+from .backends import needs_native, restore, use
 from .twins import examples, gaussian, planes_of
 
 WGM = preset("wgm").weights
@@ -157,7 +157,7 @@ def test_native_is_the_reference(dtype: torch.dtype, bits: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_of_16_bits_in_32(dtype: torch.dtype, backend: str) -> None:  # noqa: F811
+def test_numbers_of_16_bits_in_32(dtype: torch.dtype, backend: str) -> None:
     weights = gaussian(40, 50, seed=1).to(dtype)
     narrow, wide = wgm.quantize(weights, WGM), wgm.quantize(weights.float(), WGM)
     assert torch.equal(wgm.compact(weights.float()), weights)
@@ -168,7 +168,7 @@ def test_numbers_of_16_bits_in_32(dtype: torch.dtype, backend: str) -> None:  # 
     assert wgm.compact(full).dtype == torch.float32
 
 
-def test_magnitudes_are_counted(backend: str) -> None:  # noqa: F811
+def test_magnitudes_are_counted(backend: str) -> None:
     weights = torch.tensor([[1.0, -1.0, 0.5], [0.0, -0.0, 1.0]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found = wgm.magnitudes_of(weights.to(dtype))
@@ -214,7 +214,7 @@ def test_solve(bits: int, outliers: int) -> None:
 
 
 @pytest.mark.parametrize("kernels", [tiles, planes])
-def test_two_bits_fit_the_kernels(kernels: Any, backend: str) -> None:  # noqa: F811
+def test_two_bits_fit_the_kernels(kernels: Any, backend: str) -> None:
     """As free levels for every row and group, exactly; and back, to the table."""
     weights = gaussian(70, 150, seed=3)
     matrix = wgm.solve(weights, no_factor(150), 10, recipe(bits=2, group=64))
@@ -230,7 +230,7 @@ def test_two_bits_fit_the_kernels(kernels: Any, backend: str) -> None:  # noqa: 
     assert all(torch.equal(back[name], stored[name]) for name in back)
 
 
-def test_the_linear_of_a_shared_table(backend: str) -> None:  # noqa: F811
+def test_the_linear_of_a_shared_table(backend: str) -> None:
     inputs = ActivationRecipe(balance="none")
     matrix = wgm.solve(gaussian(40, 96, seed=4), no_factor(96), 8, recipe(bits=2, group=32))
     x = gaussian(3, 96, seed=5)
