@@ -453,7 +453,7 @@ def recipe_case(name: str, content: str | None, *words: str) -> None:
     case(name, *words)(prepare)
 
 
-option_case("preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "bwa, rtn")
+option_case("preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "rtn, wgm")
 option_case("key_unknown", ["--set", "weights.outlier=0"], "no key 'weights.outlier'", "did you mean 'outliers'?")
 option_case("part_unknown", ["--set", "weigths.outliers=0"], "no key 'weigths.outliers'", "did you mean 'weights'?")
 option_case("key_of_a_part_that_is_off", ["--set", "kv=none", "--set", "kv.bits=8"], "kv.bits", "kv is off")
@@ -527,7 +527,7 @@ def layer(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 
 artifact_case("format_too_new", lambda c: c.update(format_version=2), "format version 2", "upgrade bitwright")
 artifact_case("format_no_number", lambda c: c.update(format_version="one"), "format_version 'one'")
-artifact_case("feature_unknown", lambda c: c.update(requires=["hadamard"]), "format feature 'hadamard'", "upgrade")
+artifact_case("feature_unknown", lambda c: c.update(requires=["lattice"]), "format feature 'lattice'", "upgrade")
 artifact_case("layers_empty", lambda c: c.update(layers={}), "names no layers")
 artifact_case("layers_a_list", lambda c: c.update(layers=[LAYER]), "names no layers")
 artifact_case("layer_without_a_key", lambda c: c["layers"][LAYER].pop("group"), f"layer {LAYER} without group")
