@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -40,11 +38,10 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Quantize and measure with each method. Killed at any moment, the same command goes on; nothing is done twice."""
-    from bitwright.artifact.shards import write_text
     from bitwright.calibration.text import check_join, read_text
     from bitwright.errors import RecipeError, TextError
     from bitwright.recipe import PRESETS
-    from bitwright.report import figures, grid, page, tables
+    from bitwright.report import figures, grid, tables
     from bitwright.report.compare import Comparison, Measuring, narrowest
 
     figures.require_matplotlib()
@@ -70,45 +67,35 @@ def command(
             read_text(list(calib)),
             Measuring(texts, window, windows, dtype, threads),
             titles=titles,
+            skipped=unknown,
             keep_artifacts=keep_artifacts,
             restart=restart,
             reporter=reporter,
         ).carry_out()
     finally:
         reporter.close()
-    directory = Path(out)
-    write_text(directory / "results.json", json.dumps(_plain(results), indent=1) + "\n")
-    write_text(directory / "results.csv", tables.to_csv(results))
-    write_text(directory / "report.html", page.render(page.comparison_page(results)))
     if as_json:
-        print(json.dumps(_plain(results)))
+        print(json.dumps(results))
     else:
         show(tables.comparison_table(results))
         console.out.print(f"wrote results.json, results.csv and report.html to {out}", markup=False, soft_wrap=True)
 
 
 def show(table: Any) -> None:
-    """The table for people; methods on the Pareto front of the first text in bold."""
+    """The table for people; what the page marks is bold."""
     from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(title=table.title, title_justify="left")
+    drawn = Table(title=table.title, title_justify="left", box=None)
     for column in table.columns:
-        drawn.add_column(escape(column.name), justify="left" if column.left else "right", overflow="fold")
+        heading = escape(column.name.replace(", ", "\n"))
+        drawn.add_column(heading, justify="left" if column.left else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(escape(cell) for cell in row.cells), style="bold" if row.front else None)
+        words = [escape(cell) for cell in row.cells]
+        drawn.add_row(*(f"[bold]{word}[/]" if i in row.marked else word for i, word in enumerate(words)))
     console.out.print(drawn)
     for note in table.notes:
         console.out.print(note, markup=False, soft_wrap=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: an infinite perplexity is null there; its loss is finite and beside it."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Reporter:

@@ -52,7 +52,7 @@ def _sizes(directory: Path, manifest: dict[str, Any], config: dict[str, Any]) ->
     ]
     return Table(
         "Size, all bits counted",
-        [Column("", left=True), Column("parameters"), Column("bytes"), Column("bits each", main=True)],
+        [Column("", left=True), Column("parameters"), Column("bytes"), Column("bits each")],
         [
             Row([name, f"{count:,}", f"{size:,}", f"{size * 8 / count:.4f}" if count else ""])
             for name, count, size in rows
@@ -76,7 +76,7 @@ def _quality(manifest: dict[str, Any]) -> Table:
             Column("text", left=True),
             Column("windows"),
             Column("original"),
-            Column("quantized", main=True),
+            Column("quantized"),
             Column("excess"),
         ],
         rows,
@@ -88,4 +88,4 @@ def _quality(manifest: dict[str, Any]) -> Table:
 
 
 def _perplexity(loss: float) -> str:
-    return perplexity_word(math.exp(loss) if loss < 700 else math.inf)
+    return perplexity_word(math.exp(loss) if loss < 700 else None)

@@ -8,6 +8,7 @@ step, and a run of `quantize` resumes by itself, so that the same command after 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from bitwright.pipeline.state import exclusive
 from bitwright.recipe import preset
 from bitwright.report import activations
 from bitwright.report.grid import Method
+from bitwright.report.page import comparison_page, render
+from bitwright.report.tables import to_csv
 
 SHARED_NAME = "compare.json"
 FOLDERS = ("methods", "artifacts")
@@ -97,12 +100,14 @@ class Comparison:
         measuring: Measuring,
         *,
         titles: Sequence[str] = (),
+        skipped: Sequence[str] = (),
         keep_artifacts: bool = False,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.output = Path(output).absolute()
         self.methods, self.calibration, self.measuring, self.titles = methods, calibration, measuring, titles
+        self.skipped = skipped
         self.keep, self.restart, self.reporter = keep_artifacts, restart, reporter or Silent()
         self.checkpoint = Checkpoint(model)
         skeleton = Skeleton(self.checkpoint)
@@ -124,7 +129,7 @@ class Comparison:
             raise RecipeError(f"method {method.text!r}: {error}") from None
 
     def carry_out(self) -> dict[str, Any]:
-        """Do what is not done yet; returns everything that the tables and the page are made of, as `results.json`."""
+        """Do what is not done yet; write results.json, results.csv and report.html; returns the data of the first."""
         if self.output.exists() and not self.output.is_dir():
             raise RunError(f"{self.output} is a file; give another --out")
         if self.output.is_dir() and not (self.output / SHARED_NAME).exists():
@@ -138,7 +143,12 @@ class Comparison:
             for number, method in enumerate(self.methods, 1):
                 self.reporter.note(f"method {number} of {len(self.methods)}: {method.label}")
                 rows.append(self._row(method, self._finish(method, measured)))
-            return self._results(rows, measured)
+            results = self._results(rows, measured)
+            # JSON has no infinity; the loss beside it is finite.
+            write_text(self.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+            write_text(self.output / "results.csv", to_csv(results))
+            write_text(self.output / "report.html", render(comparison_page(results)))
+            return results
 
     def _shared(self) -> dict[str, Any]:
         """What a method's result depends on beside its recipe and the text that it is measured on."""
@@ -271,10 +281,13 @@ class Comparison:
         originals = [row for row in rows if row["recipe"] is None]
         for row in rows:
             for number, entry in enumerate(row["measured"]):
+                if not math.isfinite(entry["perplexity"]):
+                    entry["perplexity"] = None
                 entry["excess"] = entry["loss"] - originals[0]["measured"][number]["loss"] if originals else None
         return {
             "kind": "comparison",
             "titles": list(self.titles),
+            "skipped": list(self.skipped),
             **read_json(self.output / SHARED_NAME, RunError),
             "parameters": self.sizes.parameters,
             "linear_weights": self.sizes.linear_weights,

@@ -18,9 +18,16 @@ import numpy as np
 from bitwright.errors import BitwrightError
 
 # Colours that the page's style sheet defines (templates/page.html.j2), and what stands for them in a drawing.
-INK = {"#010203": "--ink", "#040506": "--soft", "#070809": "--grid", "#0a0b0c": "--accent", "#0d0e0f": "--second"}
-TEXT, SOFT, GRID, ACCENT, SECOND = INK
-WIDTH = 4.6  # inches of 72 points: 331 units of the drawing
+INK = {
+    "#010203": "--ink",
+    "#040506": "--soft",
+    "#070809": "--grid",
+    "#0a0b0c": "--accent",
+    "#0d0e0f": "--second",
+    "#101112": "--card",
+}
+TEXT, SOFT, GRID, ACCENT, SECOND, CARD = INK
+WIDTH = 4.0  # inches of 72 points; on a phone a point is somewhat more than a pixel
 
 
 def require_matplotlib() -> None:
@@ -98,15 +105,15 @@ def quality_against_bits(name: str, points: Sequence[tuple[int, float, float]], 
     import matplotlib
 
     with matplotlib.rc_context(_style()):
-        figure = _figure(3.5)
+        figure = _figure(3.1)
         axes = figure.add_subplot()
         places = [(bits, perplexity) for _, bits, perplexity in points]
         front = pareto_front(places)
         axes.set_yscale("log")
         if original is not None:
             axes.axhline(original, color=SOFT, linestyle=(0, (4, 3)), linewidth=0.9)
-            axes.annotate("original", (0.995, original), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", ha="right", color=SOFT)  # fmt: skip
+            axes.annotate("original", (0.01, original), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                          textcoords="offset points", color=SOFT)  # fmt: skip
         if front:
             steps = [places[index] for index in front]
             axes.step(*zip(*steps, strict=True), where="post", color=ACCENT, linewidth=1.4)
@@ -120,25 +127,26 @@ def quality_against_bits(name: str, points: Sequence[tuple[int, float, float]], 
         _log_ticks(axes, [value for _, value in places] + ([original] if original else []))
         axes.set_xlabel("honest bits a weight, quantized linears")
         axes.set_ylabel("perplexity")
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.08)
         axes.grid(True, which="major")
         axes.set_axisbelow(True)
         return _svg(figure, name, "perplexity against honest bits a weight, with the Pareto front")
 
 
 def _log_ticks(axes: Any, values: Iterable[float]) -> None:
-    """Plain numbers on a log axis, also where it spans less than a decade."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+    """Round and plain numbers on a log axis, also where it spans less than a decade."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    span = math.log10(high / low)
-    if span > 2.5:
-        step = math.ceil(span / 7)
-        ticks = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1, step)]
-    else:
-        parts = 5
-        ticks = sorted({float(f"{low * (high / low) ** (i / parts):.2g}") for i in range(parts + 1)})
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    positive = [value for value in values if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [10.0**exponent for exponent in exponents[:: max(1, len(exponents) // 6)]]
+    if len(exponents) <= 4:
+        ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
+    if sum(low <= tick <= high for tick in ticks) < 3:
+        ticks = [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if tick > 0]
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if bottom <= tick <= top]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:.0e}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -147,7 +155,7 @@ def _log_ticks(axes: Any, values: Iterable[float]) -> None:
 def _apart(axes: Any, places: Sequence[tuple[float, float]], line: float = 9.0) -> list[tuple[float, float]]:
     """Offsets in points of the labels right of `places`, moved up where they would lie on each other."""
     pixels = axes.transData.transform(places) * 72 / axes.figure.dpi if places else np.zeros((0, 2))
-    offsets = [(6.0, 0.0)] * len(places)
+    offsets = [(5.0, 6.0)] * len(places)
     taken: list[tuple[float, float]] = []
     for index in sorted(range(len(places)), key=lambda i: float(pixels[i][1])):
         x, y = (float(value) for value in pixels[index])
@@ -155,7 +163,7 @@ def _apart(axes: Any, places: Sequence[tuple[float, float]], line: float = 9.0) 
             if abs(other_x - x) < 14 and abs(other_y - y) < line:
                 y = other_y + line
         taken.append((x, y))
-        offsets[index] = (6.0, y - float(pixels[index][1]))
+        offsets[index] = (5.0, 6.0 + y - float(pixels[index][1]))
     return offsets
 
 
@@ -197,7 +205,7 @@ def error_map(name: str, layers: Sequence[dict[str, Any]], limits: tuple[float, 
             axes.annotate(site, ((first + last) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
                           textcoords="offset points", ha="center", color=SOFT, fontsize=7.5)  # fmt: skip
             if first:
-                axes.axvline(first - 0.5, color="#ffffff", linewidth=1.6)
+                axes.axvline(first - 0.5, color=CARD, linewidth=1.6)
         for spine in axes.spines.values():
             spine.set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
@@ -229,7 +237,8 @@ def activation_curves(
                 moved = after[block]["curve"]
                 panels[1].plot(np.linspace(0, 100, len(moved)), moved, line, color=colour, linewidth=1.1)
         panels[0].set_yscale("log")
-        _log_ticks(panels[0], [value for curve in before.values() for value in curve if value > 0] or [1.0])
+        moved_curves = [entry["curve"] for entry in (after or {}).values()]
+        _log_ticks(panels[0], [value for curve in [*before.values(), *moved_curves] for value in curve])
         panels[0].set_title(f"{site}: as in the model", loc="left")
         panels[0].set_ylabel("max |x|")
         if after:

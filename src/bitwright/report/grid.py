@@ -138,7 +138,7 @@ def choose(words: Iterable[str], common: Mapping[str, Any], columns: int) -> tup
             titles.append(GRIDS[word].title)
             asked.extend(GRIDS[word].rows(columns))
         else:
-            asked.append((word, word))
+            asked.append((word.replace(":", " ", 1).replace(",", " "), word))
     methods: list[Method] = []
     unknown: list[str] = []
     for label, text in dict.fromkeys(asked):

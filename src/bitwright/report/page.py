@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,12 +76,12 @@ def comparison_page(results: dict[str, Any]) -> Page:
     count = f"{len(quantized)} method{'' if len(quantized) == 1 else 's'}"
     sections = [_quality(results)] if quantized else []
     if quantized:
-        titled = [(f"{number}  {row['label']}", row["layers"])
+        titled = [(f"{number}. {row['label']}", row["layers"])
                   for number, row in enumerate(results["methods"], 1) if row["recipe"]]  # fmt: skip
         sections.append(error_section(titled))
     sections.append(_activations(results))
     settings = [
-        recipe_setting(f"{number}  {row['label']}", row["recipe"], row["layers"])
+        recipe_setting(f"{number}. {row['label']}", row["recipe"], row["layers"])
         for number, row in enumerate(results["methods"], 1)
         if row["recipe"] is not None
     ]
@@ -103,11 +102,15 @@ def _quality(results: dict[str, Any]) -> Section:
     for index, name in enumerate(tables.text_names(results)):
         points = tables.points(results, index)
         original = originals[0]["measured"][index]["perplexity"] if originals else None
-        if original is not None and not math.isfinite(original):
-            original = None
         left_out = sum(row["recipe"] is not None for row in results["methods"]) - len(points)
         caption = f"{left_out} with infinite perplexity not shown." if left_out else ""
         drawn.append(Figure(figures.quality_against_bits(f"quality{index}", points, original), name, caption))
+        # A broken method squeezes all others into a corner.
+        best = min((perplexity for _, _, perplexity in points), default=0.0)
+        near = [point for point in points if point[2] <= 2 * best]
+        if len(near) > 1 and any(perplexity > 4 * best for _, _, perplexity in points):
+            closer = figures.quality_against_bits(f"closer{index}", near, original)
+            drawn.append(Figure(closer, f"{name}, closer", "Perplexities up to twice the lowest quantized one."))
     return Section(
         "Perplexity against honest bits",
         "Numbers are those of the table. The line is the Pareto front: its methods (circles) have none below them that"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,18 @@ from bitwright.report.figures import pareto_front
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; `left` for words, `main` for the figures that matter most, `wide` for a line of its own on a phone."""
+    """A heading; `left` for words."""
 
     name: str
     left: bool = False
-    main: bool = False
-    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """Cells as printed; `front`: on the Pareto front of the first text."""
+    """Cells as printed; `marked`: columns of the texts on whose Pareto front the method is."""
 
     cells: list[str]
-    front: bool = False
+    marked: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ def text_names(results: dict[str, Any]) -> list[str]:
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def perplexity_word(value: float) -> str:
-    """Perplexities of broken models are large: a number of three decimals, none, or an exponent."""
-    if not math.isfinite(value):
+def perplexity_word(value: float | None) -> str:
+    """Perplexities of broken models are large: a number of three decimals, none, or an exponent; None is infinite."""
+    if value is None:
         return "infinite"
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
@@ -63,7 +60,7 @@ def points(results: dict[str, Any], text: int) -> list[tuple[int, float, float]]
     found = []
     for number, row in enumerate(results["methods"], 1):
         perplexity = row["measured"][text]["perplexity"]
-        if row["recipe"] is not None and math.isfinite(perplexity):
+        if row["recipe"] is not None and perplexity is not None:
             found.append((number, row["linear_bits"], perplexity))
     return found
 
@@ -78,30 +75,41 @@ def comparison_table(results: dict[str, Any]) -> Table:
     if claimed:
         columns.append(Column("claimed bits"))
     for name in names:
-        columns.append(Column(f"perplexity, {name}", main=True, wide=True))
+        columns.append(Column(f"perplexity, {name}"))
         if with_excess:
-            columns.append(Column(f"excess, {name}", wide=True))
+            columns.append(Column(f"excess, {name}"))
     columns.append(Column("seconds"))
-    first = points(results, 0)
-    front = {first[index][0] for index in pareto_front([point[1:] for point in first])}
+    fronts = []
+    for text in range(len(names)):
+        drawn = points(results, text)
+        fronts.append({drawn[index][0] for index in pareto_front([point[1:] for point in drawn])})
     rows = []
     for number, row in enumerate(methods, 1):
         low, high = row["outliers"] or (None, None)
-        cells = [f"{number}  {row['label']}", widths(row)]
+        cells = [f"{number}. {row['label']}", widths(row)]
         cells.append("" if low is None else str(low) if low == high else f"{low} to {high}")
         cells += [f"{row['linear_bits']:.4f}", f"{row['model_bits']:.4f}"]
         if claimed:
             cells.append("" if row["claimed_bits"] is None else f"{row['claimed_bits']:.4f}")
-        for measured in row["measured"]:
+        marked = set()
+        for measured, front in zip(row["measured"], fronts, strict=True):
+            if number in front:
+                marked.add(len(cells))
             cells.append(perplexity_word(measured["perplexity"]))
             if with_excess:
                 cells.append("" if row["recipe"] is None else f"{measured['excess']:.4f}")
         cells.append("" if row["quantize_seconds"] is None else f"{row['quantize_seconds']:.0f}")
-        rows.append(Row(cells, number in front))
+        rows.append(Row(cells, frozenset(marked)))
     notes = [
         "Bits a weight: everything on disk that the quantized linears need, over their weights; bits a parameter: the"
         " whole model's weight files, embeddings and head included. Seconds: of quantizing, without measuring."
     ]
+    if any(row.marked for row in rows):
+        notes.append(
+            "Marked perplexities are on the Pareto front: no other method is better with as many bits or less."
+        )
+    if skipped := results["skipped"]:
+        notes.append(f"Left out, because there is no preset of that name: {', '.join(skipped)}.")
     if with_excess:
         notes.append("Excess = ln(perplexity / perplexity of the original), on the same text and protocol.")
     if claimed:
