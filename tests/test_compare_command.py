@@ -134,8 +134,8 @@ def test_killed_at_random_moments_it_goes_on(
     out = tmp_path / "out"
     files = ["--calib", calibration_file, "--text", evaluation_file, "--out", out]
     # One thread: a fork would cut off the pool of the kernels.
-    argv = ["compare", models["llama_sharded"], "--methods", "original,rtn,bwa", *files, *QUICK[:-1], "1"]
-    asked = {"argv": [str(word) for word in argv], "out": str(out), "mode": "compare", "seed": 5, "kills": 4}
+    argv = ["compare", models["llama_sharded"], "--methods", "original,rtn", *files, *QUICK[:-1], "1"]
+    asked = {"argv": [str(word) for word in argv], "out": str(out), "mode": "compare", "seed": 5, "kills": 3}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killing.py"))],
         input=json.dumps(asked),
@@ -145,7 +145,7 @@ def test_killed_at_random_moments_it_goes_on(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kills"] >= 4
+    assert found["kills"] >= 3
     assert max(found["finished"]) >= 1, "no kill came after a method was finished"
 
 

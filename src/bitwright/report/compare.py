@@ -39,6 +39,8 @@ from bitwright.report.tables import to_csv
 
 SHARED_NAME = "compare.json"
 FOLDERS = ("methods", "artifacts")
+# What a run that was killed at its very beginning leaves.
+_BEGUN = ("lock", f"{SHARED_NAME}.tmp", *FOLDERS)
 # Fits every model: for sizes that do not depend on the recipe.
 _PLAIN = preset("rtn").with_options({"weights.outliers": 0, "weights.order": "none"})
 
@@ -133,7 +135,7 @@ class Comparison:
         if self.output.exists() and not self.output.is_dir():
             raise RunError(f"{self.output} is a file; give another --out")
         if self.output.is_dir() and not (self.output / SHARED_NAME).exists():
-            found = sorted(path.name for path in self.output.iterdir() if path.name not in ("lock", *FOLDERS))
+            found = sorted(path.name for path in self.output.iterdir() if path.name not in _BEGUN)
             if found:
                 raise RunError(f"{self.output} is no comparison and holds {found[0]}; give another --out")
         with exclusive(self.output):
