@@ -90,6 +90,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"kv": None}),
     ("llama_biases", "bwa", {"activations.bits": 8, "activations.balance": "none", "kv.bits": 8}),
     ("llama_sharded", "bwa", {"activations.balance": "literal", "weights.feedback": "column"}),
+    ("llama", "gptq", {}),
+    ("llama_biases", "gptq", {"weights.bits": 8, "weights.group": 0, "weights.order": "descending"}),
+    # Without stored zero points, on the kernels' tiles.
+    ("mistral", "gptq", {"weights.bits": 2, "weights.symmetric": True, "activations": {}, "kv": {}}),
+    ("qwen2", "rtn", {"weights.bits": 6, "weights.symmetric": True, "weights.range": "mse", "weights.group": 0}),
+    ("llama", "rtn", {"weights.bits": 1, "weights.symmetric": True, "weights.outliers": 0, "weights.order": "none"}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

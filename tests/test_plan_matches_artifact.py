@@ -25,6 +25,8 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "bwa", {"weights.outliers": 0, "weights.order": "none", "weights.group": 64}),
     ("mistral", "bwa", {"weights.group": 64}),
     ("mistral", "rtn", {"weights.group": 64, "weights.outliers": 5}),
+    ("llama", "gptq", {"weights.symmetric": True, "weights.group": 0}),
+    ("qwen2", "gptq", {"weights.bits": 8, "weights.order": "descending"}),
     ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
 ]
 

@@ -221,7 +221,8 @@ def quantize_inputs(
             if shared.get("x") is not x:
                 order = orders[site.name]
                 flat = x.reshape(-1, site.columns).float().index_select(1, order)
-                quantized = quantize_site(flat, outliers(site), recipe.weights.group, recipe.activations)
+                group = recipe.weights.group_of(site.columns - outliers(site))
+                quantized = quantize_site(flat, outliers(site), group, recipe.activations)
                 if inputs is not None:
                     inputs[site.name] = quantized
                 if site.name == last:

@@ -19,6 +19,10 @@ from bitwright.runtime import ops, plane_ops, planes, tiles
 from bitwright.runtime.tiles import STORED
 
 
+# Of the kernels' tiles: what their integer sums are known to hold.
+WIDEST_GROUP = 4096
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The op that computes a linear exactly as its recipe says, and what it wants beside inputs, tiles and rows."""
@@ -133,6 +137,7 @@ class QuantizedLinear(nn.Module):
         """Whether the native kernels compute exactly what the recipe says, here and now."""
         inputs = self.activations
         fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
+        fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
         return fits and self.weight.device.type == "cpu" and native() is not None
 
