@@ -112,7 +112,8 @@ class CodebookMatrix:
     def integer_levels(self) -> Tensor:
         """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale.
 
-        int16 where a zero point meets codes of 8 bits: -255 .. 255. For every kind; of a shared table as `expanded` makes them, with its ValueError.
+        int16 where a zero point meets codes of 8 bits: -255 .. 255. For every kind; of a shared table as `expanded`
+        makes them, with its ValueError.
         """
         if self.kind == "shared":
             return self.expanded().integer_levels()

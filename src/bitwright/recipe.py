@@ -27,7 +27,9 @@ class WeightRecipe(_Part):
     """How the weights of a linear layer become codes, levels and int8 outlier columns (BWA, sections 2.1 to 2.3)."""
 
     method: Literal["bwa", "rtn", "gptq", "wgm"] = "bwa"
-    bits: int = Field(2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm and uniform levels")
+    bits: int = Field(
+        2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm and uniform levels"
+    )
     group: int = Field(128, ge=0, le=4096, description="input channels that share a codebook; 0: a whole row")
     levels: Literal["em", "dp", "minmax", "uniform", "windowed", "greedy"] = Field(
         "em",
@@ -66,7 +68,9 @@ class WeightRecipe(_Part):
     @model_validator(mode="after")
     def _goes_together(self) -> WeightRecipe:
         if self.group % 8:
-            raise ValueError(f"group = {self.group} is not a multiple of 8; write for example 64 or 128, or 0 for a whole row")
+            raise ValueError(
+                f"group = {self.group} is not a multiple of 8; write for example 64 or 128, or 0 for a whole row"
+            )
         if isinstance(self.outliers, int) and self.outliers < 0:
             raise ValueError(f"outliers = {self.outliers} is negative; write 'auto', 0 or a positive number")
         if self.method == "rtn" and (self.levels != "uniform" or self.feedback != "none"):

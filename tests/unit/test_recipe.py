@@ -123,7 +123,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"bits": "2"}}, "weights.bits = '2'", "valid integer"),
     ({"weights": {"bits": True}}, "weights.bits = True", "valid integer"),
     ({"weights": {"bits": 2.0}}, "weights.bits = 2.0", "valid integer"),
-    ({"weights": {"bits": 5}}, "bits = 5 is for method 'wgm' and levels = 'uniform' alone", "write a number from 1 to 4"),
+    (
+        {"weights": {"bits": 5}},
+        "bits = 5 is for method 'wgm' and levels = 'uniform' alone",
+        "write a number from 1 to 4",
+    ),
     ({"weights": {"bits": 9}}, "weights.bits = 9", "less than or equal to 8"),
     ({"weights": {"levels": "greedy"}}, "levels = 'greedy' is for method 'wgm' alone", "write levels = 'em' or 'dp'"),
     ({"weights": {"method": "wgm"}}, "method 'wgm'", "write levels = 'windowed', 'greedy' or 'dp' and feedback"),

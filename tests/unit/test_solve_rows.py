@@ -79,8 +79,9 @@ def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bo
     )
     weights, hessian = gaussian(6, 43, seed=23), site(43, seed=24)
     compare(weights, hessian, 2, recipe)
-    matrix = SOLVERS[method](weights, factorize(hessian, 0.01, "hessian"), 2, recipe)
-    assert torch.equal(matrix.dequantize(), solve_rows(weights, factorize(hessian, 0.01, "hessian"), 2, recipe).dequantize())
+    factor = factorize(hessian, 0.01, "hessian")
+    matrix = SOLVERS[method](weights, factor, 2, recipe)
+    assert torch.equal(matrix.dequantize(), solve_rows(weights, factor, 2, recipe).dequantize())
     assert (matrix.zeros is None) == symmetric
     assert matrix.group == (group or 48)
 

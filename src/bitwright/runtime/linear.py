@@ -18,7 +18,6 @@ from bitwright.recipe import ActivationRecipe
 from bitwright.runtime import ops, plane_ops, planes, tiles
 from bitwright.runtime.tiles import STORED
 
-
 # Of the kernels' tiles: what their integer sums are known to hold.
 WIDEST_GROUP = 4096
 

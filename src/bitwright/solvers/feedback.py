@@ -29,7 +29,6 @@ from bitwright.solvers.levels import (
     snap,
 )
 
-
 # Columns of a block, fp32 [rows, n] -> their ranks uint8 and levels fp32.
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Codes of more bits are computed from their grid; tables of their levels would be too long to search.
@@ -64,7 +63,6 @@ def assign(block: Tensor, values: Tensor, upper: Tensor, mode: str) -> tuple[Ten
     block [rows, width], values [rows, k] ascending, upper [width, width] the diagonal block of U. Modes: `none`,
     `block-diag` (the paper's listing), `block-tri` (exact for fixed codes), `column` (GPTQ inside the block).
     """
-
 
     def rounded(weights: Tensor) -> tuple[Tensor, Tensor]:
         ranks = nearest(weights, values)
