@@ -154,7 +154,7 @@ NB_MODULE(_native, m) {
   });
   m.def("solve_rows", [](uintptr_t weights, uintptr_t upper, uintptr_t importance, uintptr_t dead, int64_t rows,
                          int64_t columns, int64_t outliers, int64_t group, int levels, int feedback, int bits,
-                         int iterations, bool feedback_outliers, uintptr_t planes, uintptr_t scales,
+                         int iterations, bool symmetric, bool feedback_outliers, uintptr_t planes, uintptr_t scales,
                          uintptr_t level_codes, uintptr_t zeros, uintptr_t outlier_codes, uintptr_t outlier_scales,
                          int threads) {
     const SolverKernels& solver = solver_kernels(kernels().name);
@@ -163,15 +163,15 @@ NB_MODULE(_native, m) {
                SolveInputs{at<const float>(weights), at<const float>(upper), at<const float>(importance),
                            at<const uint8_t>(dead), rows, columns, outliers, group},
                SolveOptions{static_cast<LevelSearch>(levels), static_cast<Feedback>(feedback), bits, iterations,
-                            feedback_outliers},
+                            symmetric, feedback_outliers},
                SolveOutputs{at<uint8_t>(planes), at<uint16_t>(scales), at<int8_t>(level_codes), at<uint8_t>(zeros),
                             at<int8_t>(outlier_codes), at<uint16_t>(outlier_scales)},
                threads);
   });
   m.def("find_levels", [](uintptr_t block, uintptr_t importance, int64_t rows, int64_t width, int search, int bits,
-                          int iterations, uintptr_t integers, uintptr_t scales, uintptr_t zeros, int threads) {
+                          int iterations, bool symmetric, uintptr_t integers, uintptr_t scales, uintptr_t zeros, int threads) {
     nb::gil_scoped_release free;
-    find_levels(LevelFinder(static_cast<LevelSearch>(search), bits, iterations), at<const float>(block),
+    find_levels(LevelFinder(static_cast<LevelSearch>(search), bits, iterations, symmetric), at<const float>(block),
                 at<const float>(importance), rows, width, at<int8_t>(integers), at<uint16_t>(scales),
                 at<uint8_t>(zeros), threads);
   });

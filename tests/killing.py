@@ -5,6 +5,7 @@ each attempt; a child is a process like any other and dies as one. One JSON obje
 
     {"argv": [...], "out": DIR, "mode": "random", "seed": 1, "kills": 6}     SIGKILL after random times
     {"argv": [...], "out": DIR, "mode": "files", "stride": 3}                exit before operations 1, 1 + stride, ...
+    {"argv": [...], "out": DIR, "mode": "compare", "seed": 1, "kills": 6}    SIGKILL a `compare` after random times
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ def unbroken(argv: list[str], out: Path, counter: Path | None = None) -> tuple[d
     return support.tree(out), time.monotonic() - began
 
 
+def survives(argv: list[str], out: Path, seconds: float) -> bool:
+    """Whether a child is at its end before it is killed after so many seconds."""
+    child = in_child(argv, out)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return finish(child) == 0
+
+
 def kill_at_random(argv: list[str], out: Path, seed: int, wanted: int) -> dict[str, Any]:
     expected, seconds = unbroken(argv, out)
     remove(out)
@@ -81,10 +90,7 @@ def kill_at_random(argv: list[str], out: Path, seed: int, wanted: int) -> dict[s
         if rounds > 100:
             raise AssertionError("it is never hit")
         while True:
-            child = in_child(argv, out)
-            time.sleep(rng.uniform(0.1, 0.9) * seconds)
-            os.kill(child, signal.SIGKILL)
-            if finish(child) == 0:
+            if survives(argv, out, rng.uniform(0.1, 0.9) * seconds):
                 break
             kills += 1
             assert not out.exists() or support.tree(out) == expected, "an output directory that is not whole"
@@ -115,6 +121,46 @@ def leave_before_file_operations(argv: list[str], out: Path, stride: int) -> dic
     return {"operations": operations, "points": len(points)}
 
 
+def answers(out: Path) -> Any:
+    """What a comparison found, without the time it took."""
+    results = json.loads((out / "results.json").read_text())
+    for row in results["methods"]:
+        del row["quantize_seconds"]
+        for measured in row["measured"]:
+            del measured["seconds"]
+    return results
+
+
+def kill_compare(argv: list[str], out: Path, seed: int, wanted: int) -> dict[str, Any]:
+    _, seconds = unbroken(argv, out)
+    expected = answers(out)
+    texts = len(expected["texts"])
+    remove(out)
+    rng = random.Random(seed)
+    kills, finished = 0, []
+    for _ in range(100):
+        done: dict[Path, bytes] = {}
+        while True:
+            if survives(argv, out, rng.uniform(0.1, 0.9) * seconds):
+                break
+            kills += 1
+            for path, content in done.items():
+                assert path.read_bytes() == content, f"{path.name} was done again"
+            for path in out.glob("methods/*.json"):
+                record = json.loads(path.read_text())
+                if len(record["texts"]) == texts:
+                    done[path] = path.read_bytes()
+            finished.append(len(done))
+        for path, content in done.items():
+            assert path.read_bytes() == content, f"{path.name} was done again"
+        assert answers(out) == expected
+        assert not any((out / "artifacts").iterdir()), "artifacts are left over"
+        remove(out)
+        if kills >= wanted:
+            break
+    return {"kills": kills, "finished": finished, "seconds": seconds}
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     argv, out = asked["argv"], Path(asked["out"])
@@ -123,6 +169,8 @@ def main() -> None:
     assert outcome.code == 0, outcome.err
     if asked["mode"] == "random":
         result = kill_at_random(argv, out, asked["seed"], asked["kills"])
+    elif asked["mode"] == "compare":
+        result = kill_compare(argv, out, asked["seed"], asked["kills"])
     else:
         result = leave_before_file_operations(argv, out, asked["stride"])
     print(json.dumps(result))

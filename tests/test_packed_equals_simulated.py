@@ -100,6 +100,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
     ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),
     ("llama_sharded", "rtn", {"outer.head": 4, "outer.group": 64}),
+    ("llama", "gptq", {}),
+    ("llama_biases", "gptq", {"weights.bits": 8, "weights.group": 0, "weights.order": "descending"}),
+    # Without stored zero points, on the kernels' tiles.
+    ("mistral", "gptq", {"weights.bits": 2, "weights.symmetric": True, "activations": {}, "kv": {}}),
+    ("qwen2", "rtn", {"weights.bits": 6, "weights.symmetric": True, "weights.range": "mse", "weights.group": 0}),
+    ("llama", "rtn", {"weights.bits": 1, "weights.symmetric": True, "weights.outliers": 0, "weights.order": "none"}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

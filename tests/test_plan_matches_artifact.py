@@ -29,6 +29,8 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
     ("llama_sharded", "rtn", {"outer.head": 4}),
     ("mistral", "rtn", {"weights.group": 64, "weights.outliers": 5}),
+    ("llama", "gptq", {"weights.symmetric": True, "weights.group": 0}),
+    ("qwen2", "gptq", {"weights.bits": 8, "weights.order": "descending"}),
     ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
 ]

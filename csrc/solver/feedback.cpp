@@ -23,7 +23,7 @@ class Chunk {
         in_(in),
         options_(options),
         out_(out),
-        finder_(options.levels, options.bits, options.iterations),
+        finder_(options.levels, options.bits, options.iterations, options.symmetric),
         count_(1 << options.bits),
         normal_(in.columns - in.outliers),
         groups_((normal_ + in.group - 1) / in.group),
@@ -67,24 +67,32 @@ class Chunk {
 
   void quantize(int64_t s, int64_t g, int64_t start, int64_t stop) {
     const int64_t width = stop - start;
-    float values[kMostLevels * kStripRows] = {};
+    float values[kMostLevels * kStripRows] = {}, step[kStripRows], lowest[kStripRows] = {};
+    std::fill(step, step + kStripRows, 1.0f);
+    const bool looked_up = count_ <= kMostLevels;
     const int64_t present = smaller(kStripRows, rows_ - s * kStripRows);
     for (int64_t r = 0; r < present; ++r) {
       const float* from = column(s, start) + r;
       for (int64_t c = 0; c < width; ++c) row_[c] = from[c * kStripRows];
       const GridRow grid = finder_.grid(row_.get());
       const float scale = half_to_float(grid.scale);
-      for (int i = 0; i < count_; ++i) values[i * kStripRows + r] = static_cast<float>(grid.integers[i]) * scale;
+      for (int i = 0; looked_up && i < count_; ++i) {
+        values[i * kStripRows + r] = static_cast<float>(grid.integers[i]) * scale;
+      }
+      step[r] = scale;
+      lowest[r] = -static_cast<float>(grid.zero);
       write_codebook(first_ + s * kStripRows + r, g, grid);
     }
     const Block block{width,
                       column(s, start),
-                      values,
+                      looked_up ? values : nullptr,
                       count_,
                       in_.upper + start * (in_.columns + 1),
                       in_.columns,
                       ranks_.get(),
-                      errors_.get() + s * width_ * kStripRows};
+                      errors_.get() + s * width_ * kStripRows,
+                      step,
+                      lowest};
     kernels_.assign(options_.feedback, block);
     for (int64_t r = 0; r < present; ++r) write_codes(first_ + s * kStripRows + r, r, start, width);
   }
@@ -106,11 +114,12 @@ class Chunk {
   void write_codes(int64_t row, int64_t r, int64_t start, int64_t width) {
     const int64_t bytes = (normal_ + 7) / 8;
     uint8_t table[kMostLevels];
-    for (int rank = 0; rank < count_; ++rank) table[rank] = static_cast<uint8_t>(code(rank));
+    for (int rank = 0; rank < smaller(count_, kMostLevels); ++rank) table[rank] = static_cast<uint8_t>(code(rank));
     for (int64_t c = 0; c < width; c += 8) {
-      uint8_t planes[4] = {};
+      uint8_t planes[8] = {};
       for (int64_t i = 0; i < smaller<int64_t>(8, width - c); ++i) {
-        const uint32_t code = table[ranks_[(c + i) * kStripRows + r]];
+        const uint8_t rank = ranks_[(c + i) * kStripRows + r];
+        const uint32_t code = count_ <= kMostLevels ? table[rank] : rank;
         for (int p = 0; p < options_.bits; ++p) planes[p] = static_cast<uint8_t>(planes[p] | (code >> p & 1) << i);
       }
       for (int p = 0; p < options_.bits; ++p) {

@@ -20,6 +20,7 @@ struct SolveOptions {
   LevelSearch levels;
   Feedback feedback;
   int bits, iterations;
+  bool symmetric;  // of a uniform grid, as LevelFinder has it
   bool feedback_outliers;
 };
 
@@ -27,8 +28,8 @@ struct SolveOptions {
 struct SolveOutputs {
   uint8_t* planes;           // [bits][rows][ceil(normal / 8)]
   uint16_t* scales;          // [rows][groups], fp16
-  int8_t* levels;            // [rows][groups][2^bits], or null for a uniform codebook
-  uint8_t* zeros;            // [rows][groups], or null for a free one
+  int8_t* levels;            // [rows][groups][2^bits], or null for other than a free codebook
+  uint8_t* zeros;            // [rows][groups], or null for other than a uniform one
   int8_t* outliers;          // [rows][outliers], or null
   uint16_t* outlier_scales;  // [rows], fp16, or null
 };

@@ -15,12 +15,14 @@ enum class Feedback : int { none = 0, block_diagonal = 1, block_triangular = 2, 
 struct Block {
   int64_t width;
   float* weights;         // [width][16]; `column` changes them
-  const float* values;    // [count][16], ascending
+  const float* values;    // [count][16], ascending; null where the levels are lowest, lowest + 1, .. times step
   int count;
   const float* upper;     // diagonal block of U, rows `stride` apart
   int64_t stride;
   uint8_t* ranks;         // [width][16]
   float* errors;          // [width][16]: the later columns change by -U[block, later]^T errors
+  const float* step = nullptr;    // [16], positive; with `lowest` in place of values
+  const float* lowest = nullptr;  // [16], whole numbers
 };
 
 struct SolverKernels {

@@ -59,7 +59,8 @@ void sort_keys(std::vector<uint64_t>& keys, std::vector<uint64_t>& other, int64_
 
 float clamp(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
 
-GridRow uniform_grid(const float* w, int64_t width, int count) {
+// One symmetric bit has the levels -1 and 1, and no zero point.
+GridRow uniform_grid(const float* w, int64_t width, int count, bool symmetric) {
   const float top = static_cast<float>(count - 1);
   float low = 0.0f, high = 0.0f;
   for (int64_t i = 0; i < width; ++i) {
@@ -71,9 +72,20 @@ GridRow uniform_grid(const float* w, int64_t width, int count) {
     high = 1.0f;
   }
   GridRow row{};
+  if (symmetric) {
+    high = std::max(-low, high);
+    low = -high;
+    if (count == 2) {
+      row.scale = float_to_half(clamp(high, 6e-8f, kHalfMax));
+      row.integers[0] = -1;
+      row.integers[1] = 1;
+      return row;
+    }
+  }
   row.scale = float_to_half(clamp((high - low) / top, 6e-8f, kHalfMax));
-  row.zero = static_cast<uint8_t>(clamp(std::nearbyint(-low / half_to_float(row.scale)), 0.0f, top));
-  for (int rank = 0; rank < count; ++rank) row.integers[rank] = static_cast<int8_t>(rank - row.zero);
+  const float zero = std::nearbyint(-low / half_to_float(row.scale));
+  row.zero = static_cast<uint8_t>(symmetric ? count / 2 : static_cast<int>(clamp(zero, 0.0f, top)));
+  for (int rank = 0; rank < std::min(count, kMostLevels); ++rank) row.integers[rank] = static_cast<int8_t>(rank - row.zero);
   return row;
 }
 
@@ -137,7 +149,7 @@ void LevelFinder::real_levels(const float* w, float* levels) {
 }
 
 GridRow LevelFinder::grid(const float* w) {
-  if (search_ == LevelSearch::uniform) return uniform_grid(w, width_, count_);
+  if (search_ == LevelSearch::uniform) return uniform_grid(w, width_, count_, symmetric_);
   float levels[kMostLevels];
   real_levels(w, levels);
   return snap(levels, count_);

@@ -5,11 +5,11 @@
 
 namespace bitwright {
 
-constexpr int kMostLevels = 16;  // codes have 1 to 4 bits
+constexpr int kMostLevels = 16;  // that are looked up: codes of 1 to 4 bits; those of more bits are computed
 
 enum class LevelSearch : int { em = 0, dp = 1, minmax = 2, uniform = 3 };
 
-// Integer levels, ascending by rank, their fp16 scale, and the zero point of a uniform grid.
+// Integer levels, ascending by rank (of more than 16 none), their fp16 scale, and the zero point of a uniform grid.
 struct GridRow {
   int8_t integers[kMostLevels];
   uint16_t scale;
@@ -19,8 +19,9 @@ struct GridRow {
 // Memory that a thread keeps from row to row.
 class LevelFinder {
  public:
-  LevelFinder(LevelSearch search, int bits, int iterations)
-      : search_(search), count_(1 << bits), iterations_(iterations) {}
+  // Only a uniform grid can be symmetric.
+  LevelFinder(LevelSearch search, int bits, int iterations, bool symmetric = false)
+      : search_(search), count_(1 << bits), iterations_(iterations), symmetric_(symmetric) {}
 
   // The weights that all following rows stand in front of: h [width], at least 0.
   void importance(const float* h, int64_t width);
@@ -42,6 +43,7 @@ class LevelFinder {
 
   LevelSearch search_;
   int count_, iterations_;
+  bool symmetric_;
   int64_t width_ = 0;
   const float* h_ = nullptr;
   std::vector<uint64_t> keys_, other_;          // sortable bits of a weight above its place in the row

@@ -36,6 +36,28 @@ BITWRIGHT_INLINE void round_column(const float* weights, const float* values, co
   }
 }
 
+// The same on an equally spaced grid, by arithmetic: round_on_grid of bitwright/solvers/grids.py.
+BITWRIGHT_INLINE void round_column_on_grid(const Block& block, int64_t c) {
+  const float top = static_cast<float>(block.count - 1), far = 1024.0f;
+  for (int64_t v = 0; v < kVectors; ++v) {
+    Vector weight, step, lowest;
+    load(block.weights + c * kStripRows + 8 * v, weight);
+    load(block.step + 8 * v, step);
+    load(block.lowest + 8 * v, lowest);
+    Vector place = weight / step - 0.5f;
+    // Far outside of the grid, but inside of what an integer holds.
+    place = place > far ? Vector{} + far : place;
+    place = place < -far ? Vector{} - far : place;
+    const Vector whole = __builtin_convertvector(__builtin_convertvector(place, Mask), Vector);
+    Vector rank = (place > whole ? whole + 1.0f : whole) - lowest;
+    rank = rank > top ? Vector{} + top : rank;
+    rank = rank < 0.0f ? Vector{} : rank;
+    store(weight - (rank + lowest) * step, block.errors + c * kStripRows + 8 * v);
+    const Bytes narrow = __builtin_convertvector(__builtin_convertvector(rank, Mask), Bytes);
+    std::memcpy(block.ranks + c * kStripRows + 8 * v, &narrow, 8);
+  }
+}
+
 // errors[c] = residual[c] / U_cc, handed on to the columns after c. Product and difference are rounded one after the
 // other, as torch does it.
 BITWRIGHT_INLINE void hand_on(const Block& block, int64_t c, float* columns) {
@@ -60,12 +82,16 @@ BITWRIGHT_INLINE void hand_on(const Block& block, int64_t c, float* columns) {
 
 BITWRIGHT_INLINE void assign_strip(Feedback feedback, const Block& block) {
   float middles[15 * kStripRows];
-  for (int64_t i = 0; i < (block.count - 1) * kStripRows; ++i) {
+  for (int64_t i = 0; block.values && i < (block.count - 1) * kStripRows; ++i) {
     middles[i] = (block.values[i + kStripRows] + block.values[i]) / 2;
   }
   for (int64_t c = 0; c < block.width; ++c) {
-    round_column(block.weights + c * kStripRows, block.values, middles, block.count, block.ranks + c * kStripRows,
-                 block.errors + c * kStripRows);
+    if (!block.values) {
+      round_column_on_grid(block, c);
+    } else {
+      round_column(block.weights + c * kStripRows, block.values, middles, block.count, block.ranks + c * kStripRows,
+                   block.errors + c * kStripRows);
+    }
     if (feedback == Feedback::column) hand_on(block, c, block.weights);
   }
   for (int64_t c = 0; c < block.width; ++c) {

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bitwright.packing import plane_bytes, unpack_planes
 
-Kind = Literal["free", "uniform", "shared"]
-KINDS: tuple[Kind, ...] = ("free", "uniform", "shared")
+Kind = Literal["free", "uniform", "symmetric", "shared"]
+KINDS: tuple[Kind, ...] = ("free", "uniform", "symmetric", "shared")
 
 
 def group_count(columns: int, group: int) -> int:
@@ -31,6 +31,17 @@ def code_of_rank(bits: int) -> Tensor:
     (1: the outer pair), so the ranks 0..3 have the codes q + 2 m = 2, 0, 1, 3 (BWA, eq. 6 and 9; erratum E11).
     """
     return torch.tensor([2, 0, 1, 3] if bits == 2 else list(range(2**bits)), dtype=torch.uint8)
+
+
+def symmetric_levels(bits: int) -> Tensor:
+    """int8 [2**bits]: the levels of a *symmetric* codebook by code, in units of the scale; they need not be stored.
+
+    code - 2**(bits - 1), as a uniform codebook with that zero point (GPTQ's symmetric grid); with one bit -1 and 1,
+    where the same rule would give -1 and 0.
+    """
+    if bits == 1:
+        return torch.tensor([-1, 1], dtype=torch.int8)
+    return torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
 
 
 def honest_bits(
@@ -63,7 +74,7 @@ class CodebookMatrix:
     """One quantized weight matrix.
 
     planes          uint8 [bits, rows, ceil(normal / 8)], the code planes
-    scales          fp16 [rows, groups] (kinds `free` and `uniform`), else None
+    scales          fp16 [rows, groups] (all kinds but `shared`), else None
     levels          int8 [rows, groups, 2**bits] by code (kind `free`), else None
     zeros           uint8 [rows, groups] (kind `uniform`: level(code) = code - zero), else None
     table           fp32 [2**bits] by code (kind `shared`: the weights themselves, the same for all rows), else None
@@ -101,21 +112,33 @@ class CodebookMatrix:
     def integer_levels(self) -> Tensor:
         """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale.
 
-        For every kind; of a shared table as `expanded` makes them, with its ValueError.
+        int16 where a zero point meets codes of 8 bits: -255 .. 255. For every kind; of a shared table as `expanded`
+        makes them, with its ValueError.
         """
         if self.kind == "shared":
             return self.expanded().integer_levels()
         if self.levels is not None:
             return self.levels
+        if self.kind == "symmetric":
+            assert self.scales is not None
+            return symmetric_levels(self.bits).to(self.scales.device).expand(*self.scales.shape, -1).contiguous()
         assert self.zeros is not None
         codes = torch.arange(2**self.bits, dtype=torch.int16, device=self.zeros.device)
-        return (codes - self.zeros.to(torch.int16).unsqueeze(-1)).to(torch.int8)
+        levels = codes - self.zeros.to(torch.int16).unsqueeze(-1)
+        return levels if self.bits == 8 else levels.to(torch.int8)
 
     def expanded(self) -> CodebookMatrix:
         """The same weights with a codebook for each row and group: what row by row code, such as the kernels', reads.
 
-        A shared table becomes int8 levels times one fp16 scale. Raises ValueError where it holds no such products.
+        A shared table becomes int8 levels times one fp16 scale; a symmetric codebook gets its zero points, with one bit
+        its levels. Raises ValueError where a table holds no such products.
         """
+        if self.kind == "symmetric":
+            if self.bits == 1:
+                return replace(self, kind="free", levels=self.integer_levels())
+            assert self.scales is not None
+            zeros = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
+            return replace(self, kind="uniform", zeros=zeros)
         if self.table is None:
             return self
         grid = on_grid(self.table)
@@ -145,6 +168,11 @@ class CodebookMatrix:
         if padding:
             codes = torch.nn.functional.pad(codes, (0, padding))
         codes = codes.view(self.rows, -1, self.group)
+        if self.zeros is not None or (self.kind == "symmetric" and self.bits > 1):
+            # Computed, not looked up: 2**bits may be 256.
+            zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.float32).unsqueeze(-1)
+            weights = (codes.to(torch.float32) - zeros) * self.scales.to(torch.float32).unsqueeze(-1)
+            return weights.view(self.rows, -1)[:, : self.normal_columns]
         levels = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
         return _select(levels, codes).view(self.rows, -1)[:, : self.normal_columns]
 

@@ -26,9 +26,11 @@ class _Part(BaseModel):
 class WeightRecipe(_Part):
     """How the weights of a linear layer become codes, levels and int8 outlier columns (BWA, sections 2.1 to 2.3)."""
 
-    method: Literal["bwa", "rtn", "wgm"] = "bwa"
-    bits: int = Field(2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm alone")
-    group: int = Field(128, ge=8, le=4096, description="input channels that share a codebook")
+    method: Literal["bwa", "rtn", "gptq", "wgm"] = "bwa"
+    bits: int = Field(
+        2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm and uniform levels"
+    )
+    group: int = Field(128, ge=0, le=4096, description="input channels that share a codebook; 0: a whole row")
     levels: Literal["em", "dp", "minmax", "uniform", "windowed", "greedy"] = Field(
         "em",
         description="em: weighted Lloyd iterations (paper); dp: the exact optimum; minmax: equally spaced between the"
@@ -39,6 +41,10 @@ class WeightRecipe(_Part):
     window: int = Field(512, ge=1, description="sorted magnitudes that merging starts from, levels = windowed")
     penalty: float = Field(
         0.75, ge=0.0, allow_inf_nan=False, description="lambda of WGM: a group of m weights costs penalty / m more"
+    )
+    symmetric: bool = Field(False, description="levels = uniform: the range is -max..max, and no zero point is stored")
+    range: Literal["minmax", "mse"] = Field(
+        "minmax", description="levels = uniform: the grid spans the extremes, or the share of them that errs least"
     )
     importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
@@ -62,13 +68,20 @@ class WeightRecipe(_Part):
     @model_validator(mode="after")
     def _goes_together(self) -> WeightRecipe:
         if self.group % 8:
-            raise ValueError(f"group = {self.group} is not a multiple of 8; write for example 64 or 128")
+            raise ValueError(
+                f"group = {self.group} is not a multiple of 8; write for example 64 or 128, or 0 for a whole row"
+            )
         if isinstance(self.outliers, int) and self.outliers < 0:
             raise ValueError(f"outliers = {self.outliers} is negative; write 'auto', 0 or a positive number")
         if self.method == "rtn" and (self.levels != "uniform" or self.feedback != "none"):
             raise ValueError(
                 f"method 'rtn' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
                 " write levels = 'uniform' and feedback = 'none'"
+            )
+        if self.method == "gptq" and (self.levels != "uniform" or self.feedback != "column"):
+            raise ValueError(
+                f"method 'gptq' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
+                " write levels = 'uniform' and feedback = 'column'"
             )
         merging = self.levels in ("windowed", "greedy")
         if self.method == "wgm" and (not (merging or self.levels == "dp") or self.feedback != "none"):
@@ -78,18 +91,29 @@ class WeightRecipe(_Part):
             )
         if self.method != "wgm" and merging:
             raise ValueError(f"levels = '{self.levels}' is for method 'wgm' alone; write levels = 'em' or 'dp'")
-        if self.method != "wgm" and self.bits > 4:
-            raise ValueError(f"bits = {self.bits} is for method 'wgm' alone; write a number from 1 to 4")
+        if self.method != "wgm" and self.levels != "uniform" and self.bits > 4:
+            raise ValueError(
+                f"bits = {self.bits} is for method 'wgm' and levels = 'uniform' alone; write a number from 1 to 4"
+            )
+        if self.levels != "uniform" and (self.symmetric or self.range != "minmax"):
+            key = "symmetric" if self.symmetric else "range"
+            raise ValueError(f"{key} is for levels = 'uniform' alone; leave it out with levels = '{self.levels}'")
         if self.refine and self.kind != "free":
             raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
         return self
 
     @property
-    def kind(self) -> Literal["free", "uniform", "shared"]:
+    def kind(self) -> Literal["free", "uniform", "symmetric", "shared"]:
         """The kind of codebook that this makes (bitwright.codebook)."""
         if self.method == "wgm":
             return "shared"
-        return "uniform" if self.levels == "uniform" else "free"
+        if self.levels != "uniform":
+            return "free"
+        return "symmetric" if self.symmetric else "uniform"
+
+    def group_of(self, normal: int) -> int:
+        """Input channels that share a codebook in a linear with `normal` normal ones: a multiple of 8."""
+        return self.group or (normal + 7) // 8 * 8
 
 
 class TransformRecipe(_Part):
@@ -282,10 +306,26 @@ def outlier_count(columns: int, asked: OutlierCount) -> int:
 PRESETS: dict[str, Recipe] = {
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
+    # Weights alone, in the order of the model, as the paper and its code by default.
+    "gptq": Recipe(
+        name="gptq",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=4,
+            levels="uniform",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        activations=None,
+        kv=None,
+    ),
     # W4A4KV4, GPTQ on round-to-nearest grids; groups of 128 for weights and activations, both asymmetric.
     "quarot": Recipe(
         name="quarot",
         weights=WeightRecipe(
+            method="gptq",
             bits=4,
             levels="uniform",
             feedback="column",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.solvers.levels import dp_levels, em_levels, minmax_levels, nearest, snap, uniform_grid
+from bitwright.solvers.grids import uniform_grid
+from bitwright.solvers.levels import dp_levels, em_levels, minmax_levels, nearest, snap
 
 from .twins import gaussian
 

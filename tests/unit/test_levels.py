@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitwright.solvers.grids import uniform_grid
 from bitwright.solvers.levels import (
     dp_levels,
     em_levels,
     minmax_levels,
     nearest,
     snap,
-    uniform_grid,
 )
 
 from .twins import best_partition, examples, gaussian, lloyd, loss_of, on_grid, rank_of, uniform

@@ -197,6 +197,22 @@ def test_every_mode(feedback: Any, feedback_outliers: bool, levels: Any, bits: i
     compare(gaussian(21, 133, seed=bits), hessian, factorize(hessian, 0.01, "conditional"), 6, recipe)
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), itertools.product([1, 2, 4, 5, 7, 8], (False, True)))
+@pytest.mark.parametrize("feedback", native.FEEDBACK)
+@pytest.mark.parametrize("group", [0, 16])
+def test_equally_spaced_levels(feedback: Any, group: int, bits: int, symmetric: bool) -> None:
+    recipe = WeightRecipe(bits=bits, group=group, levels="uniform", feedback=feedback, symmetric=symmetric)
+    hessian = site(133, seed=2, dead=(0, 50, 131))
+    weights = gaussian(21, 133, seed=bits)
+    factor = factorize(hessian, 0.01, "conditional")
+    compare(weights, hessian, factor, 6, recipe)
+    assert native.serves(recipe)
+    # Nothing is handed on to the first group: there every code is torch's.
+    found, expected = (solve(weights, factor, 6, recipe) for solve in (native.solve_rows, solve_rows_reference))
+    first = 16 if group else 127 if feedback != "block-tri" else 0
+    assert torch.equal(found.codes()[:, :first], expected.codes()[:, :first])
+
+
 @given(
     st.integers(1, 40),
     st.integers(1, 300),

@@ -103,6 +103,11 @@ def test_presets() -> None:
     assert (quarot.transform.rotation, quarot.kv) == ("quarot", KVRecipe(bits=4, hadamard=True))
     assert quarot.activations == ActivationRecipe(balance="none", clip=0.9)
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
+    gptq = preset("gptq")
+    assert (gptq.weights.bits, gptq.weights.feedback, gptq.weights.kind) == (4, "column", "uniform")
+    assert gptq.with_options({"weights.symmetric": True}).weights.kind == "symmetric"
+    assert (gptq.weights.outliers, gptq.weights.order, gptq.activations, gptq.kv) == (0, "none", None, None)
+    assert (gptq.weights.group_of(200), WeightRecipe(group=0).group_of(203)) == (128, 208)
     for name, recipe in PRESETS.items():
         assert recipe.name == name
         assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -122,7 +127,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"bits": "2"}}, "weights.bits = '2'", "valid integer"),
     ({"weights": {"bits": True}}, "weights.bits = True", "valid integer"),
     ({"weights": {"bits": 2.0}}, "weights.bits = 2.0", "valid integer"),
-    ({"weights": {"bits": 5}}, "bits = 5 is for method 'wgm' alone", "write a number from 1 to 4"),
+    (
+        {"weights": {"bits": 5}},
+        "bits = 5 is for method 'wgm' and levels = 'uniform' alone",
+        "write a number from 1 to 4",
+    ),
     ({"weights": {"bits": 9}}, "weights.bits = 9", "less than or equal to 8"),
     ({"weights": {"levels": "greedy"}}, "levels = 'greedy' is for method 'wgm' alone", "write levels = 'em' or 'dp'"),
     ({"weights": {"method": "wgm"}}, "method 'wgm'", "write levels = 'windowed', 'greedy' or 'dp' and feedback"),
@@ -142,7 +151,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"weights": {"feedback": None}}, "weights.feedback = None", "'none', 'block-diag', 'block-tri' or 'column'"),
     ({"weights": {"group": 12}}, "group = 12 is not a multiple of 8", "write for example 64 or 128"),
-    ({"weights": {"group": 4}}, "weights.group = 4", "greater than or equal to 8"),
+    ({"weights": {"group": 4}}, "group = 4 is not a multiple of 8", "or 0 for a whole row"),
+    ({"weights": {"group": -8}}, "weights.group = -8", "greater than or equal to 0"),
+    ({"weights": {"method": "gptq"}}, "method 'gptq' has no levels = 'em'", "feedback = 'column'"),
+    ({"weights": {"symmetric": True}}, "symmetric is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
+    ({"weights": {"range": "mse"}}, "range is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
     ({"weights": {"outliers": -1}}, "outliers = -1 is negative", "write 'auto', 0 or a positive number"),
     ({"weights": {"outliers": "some"}}, "weights.outliers = 'some'", "'auto' or"),
     ({"weights": {"outliers": "some"}}, "weights.outliers = 'some'", "valid integer"),

@@ -63,6 +63,29 @@ def test_every_width_of_code(feedback: Any, bits: int, levels: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("symmetric", "span"), itertools.product((False, True), ("minmax", "mse")))
+@pytest.mark.parametrize(("method", "group"), [("rtn", 16), ("gptq", 16), ("gptq", 0)])
+def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bool, span: Any) -> None:
+    recipe = WeightRecipe(
+        method=method,
+        bits=bits,
+        group=group,
+        levels="uniform",
+        feedback="column" if method == "gptq" else "none",
+        symmetric=symmetric,
+        range=span,
+        importance="hessian",
+    )
+    weights, hessian = gaussian(6, 43, seed=23), site(43, seed=24)
+    compare(weights, hessian, 2, recipe)
+    factor = factorize(hessian, 0.01, "hessian")
+    matrix = SOLVERS[method](weights, factor, 2, recipe)
+    assert torch.equal(matrix.dequantize(), solve_rows(weights, factor, 2, recipe).dequantize())
+    assert (matrix.zeros is None) == symmetric
+    assert matrix.group == (group or 48)
+
+
 @pytest.mark.parametrize("feedback", MODES)
 @pytest.mark.parametrize(("columns", "outliers", "group"), [(16, 0, 8), (17, 1, 8), (9, 8, 8), (30, 3, 64), (8, 7, 8)])
 def test_shapes(feedback: Any, columns: int, outliers: int, group: int) -> None:

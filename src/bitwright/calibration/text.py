@@ -49,6 +49,12 @@ def read_text(paths: list[str | Path], join: str = "none") -> Text:
     )
 
 
+def check_join(join: str) -> None:
+    """Raises TextError where `join` is no way of joining lines."""
+    if join not in JOINS:
+        raise TextError(f"--join {join!r} is not one of {', '.join(JOINS)}")
+
+
 def text_of(name: str, content: str) -> Text:
     """A text that is at hand as a string."""
     if not content.strip():

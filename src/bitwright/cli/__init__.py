@@ -8,7 +8,7 @@ import sys
 import typer
 
 from bitwright import __version__
-from bitwright.cli import bench, chat, demo, doctor, evaluate, generate, plan, quantize, verify
+from bitwright.cli import bench, chat, compare, demo, doctor, evaluate, generate, plan, quantize, report, verify
 from bitwright.errors import BitwrightError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
+app.command("report")(report.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("doctor")(doctor.command)

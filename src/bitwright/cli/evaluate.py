@@ -12,20 +12,18 @@ from bitwright.cli import console, options
 def command(
     path: options.ModelOrArtifact,
     text: list[str] = typer.Option(..., "--text", help="evaluation text: .txt, .txt.xz or .jsonl; may be repeated"),
-    join: str = typer.Option("none", help="join the text's lines first: none, space (the papers' PTB), blank-line"),
-    window: int | None = typer.Option(None, min=2, help="tokens a window; default 2048 or the model's context"),
-    windows: int | None = typer.Option(None, "--windows", min=1, help="at most so many windows"),
+    join: options.Join = "none",
+    window: options.Window = None,
+    windows: options.Windows = None,
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Token perplexity in the papers' protocol, activation and cache quantizers at work."""
-    from bitwright.calibration.text import JOINS, read_text
-    from bitwright.errors import TextError
+    from bitwright.calibration.text import check_join, read_text
     from bitwright.evaluation import evaluate
 
-    if join not in JOINS:
-        raise TextError(f"--join {join!r} is not one of {', '.join(JOINS)}")
+    check_join(join)
     read = read_text(list(text), join)
     with console.counting("evaluating", 1) as update:
         result = evaluate(path, read, window=window, limit=windows, dtype=dtype, threads=threads, on_window=update)

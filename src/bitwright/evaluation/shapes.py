@@ -105,7 +105,8 @@ def _random_outer(model: Any, recipe: Recipe) -> None:
 def _random_site(parent: nn.Module, names: tuple[str, ...], recipe: Recipe, where: str) -> None:
     linears = [getattr(parent, name) for name in names]
     columns = linears[0].in_features
-    outliers, group = outlier_count(columns, recipe.weights.outliers), recipe.weights.group
+    outliers = outlier_count(columns, recipe.weights.outliers)
+    group = recipe.weights.group_of(columns - outliers)
     leader = f"{where}.{names[0]}"
     geometries = [Geometry(linear.out_features, columns, outliers, group) for linear in linears]
     sizes = [geometry.packed_bytes() for geometry in geometries]

@@ -234,7 +234,8 @@ def quantize_inputs(
             if shared.get("x") is not x:
                 flat = job.into(site, x.reshape(-1, site.columns).float())
                 recipe = job.recipe
-                quantized = quantize_site(flat, job.outliers(site), recipe.weights.group, recipe.activations)
+                group = recipe.weights.group_of(site.columns - job.outliers(site))
+                quantized = quantize_site(flat, job.outliers(site), group, recipe.activations)
                 if inputs is not None:
                     inputs[site.name] = quantized
                 if site.name == last:

@@ -242,7 +242,7 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) 
                 rows=linear.rows,
                 columns=linear.columns,
                 bits=recipe.weights.bits,
-                group=recipe.weights.group,
+                group=recipe.weights.group_of(linear.columns - outliers),
                 kind=recipe.weights.kind,
                 outliers=outliers,
                 bias=linear.bias,

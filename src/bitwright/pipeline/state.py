@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bitwright.artifact.shards import write_text
 from bitwright.errors import RunError
@@ -36,6 +36,28 @@ class RunState:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold `directory`, made where it is missing, for this process. Raises RunError where another one holds it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+    except OSError as error:
+        raise RunError(f"cannot write to {directory}: {error.strerror}") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # pragma: no cover - not on this system
+            pass
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RunError(f"another run is at work in {directory}; wait for it or give another output") from None
+            raise
+        yield
+
+
 class RunDirectory:
     """OUT.run. Raises RunError for what a user can mend."""
 
@@ -43,32 +65,14 @@ class RunDirectory:
         self.output = output
         self.path = output.with_name(output.name + ".run")
         self.artifact = self.path / "artifact"
-        self._lock: IO[str] | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process; a second run on the same output is refused."""
         if self.path.exists() and not self.is_ours():
             raise RunError(f"{self.path} exists and holds no run of bitwright; move it away or give another output")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("w")
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}") from None
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # pragma: no cover - not on this system
-            pass
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise RunError(f"another run is at work in {self.path}; wait for it or give another output") from None
-            raise
-        try:
+        with exclusive(self.path):
             yield
-        finally:
-            self._lock.close()
 
     def is_ours(self) -> bool:
         """Whether the directory holds nothing but what runs leave there, and so may be cleaned."""

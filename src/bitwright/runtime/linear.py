@@ -20,6 +20,9 @@ from bitwright.runtime.hadamard_ops import site_hadamard, site_hadamard_eager
 from bitwright.runtime.tiles import STORED
 from bitwright.transforms import SiteHadamard
 
+# Of the kernels' tiles: what their integer sums are known to hold.
+WIDEST_GROUP = 4096
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -149,6 +152,7 @@ class QuantizedLinear(nn.Module):
         """Whether the native kernels compute exactly what the recipe says, here and now."""
         inputs = self.activations
         fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
+        fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
         return fits and self.weight.device.type == "cpu" and native() is not None
 

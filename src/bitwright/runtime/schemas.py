@@ -141,7 +141,8 @@ def _shaped_as_x(x: Tensor, *_: Any) -> Tensor:
 )
 def _find_levels(block: Tensor, importance: Tensor, search: str, bits: int, iterations: int) -> tuple[Tensor, Tensor]:
     rows = block.shape[0]
-    return block.new_empty((rows, 2**bits), dtype=torch.int8), block.new_empty(rows, dtype=torch.float16)
+    dtype = torch.int16 if bits == 8 else torch.int8
+    return block.new_empty((rows, 2**bits), dtype=dtype), block.new_empty(rows, dtype=torch.float16)
 
 
 # The stored tensors of a matrix in the order in which `solve_rows` returns them, empty where a matrix has not got them.
@@ -173,5 +174,6 @@ def _solve_rows(
 ) -> tuple[Tensor, ...]:
     rows, columns = weights.shape
     kind: Kind = "uniform" if search == "uniform" else "free"
+    group = group or (columns - outliers + 7) // 8 * 8  # 0: a whole row
     shapes = SOLVED | matrix_shapes(rows, columns, bits, group, kind, outliers)
     return tuple(weights.new_empty(shapes[name][1], dtype=shapes[name][0]) for name in SOLVED)

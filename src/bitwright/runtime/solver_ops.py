@@ -22,7 +22,8 @@ from bitwright.solvers.hessian import Factor
 def _find_levels(block: Tensor, importance: Tensor, search: str, bits: int, iterations: int) -> tuple[Tensor, Tensor]:
     """block fp32 [rows, width], importance fp32 [width], at least 0 -> the levels of each row on the format's grid.
 
-    integers int8 [rows, 2**bits], ascending, and scale fp16 [rows]; a level is integer * scale (BWA, Algorithm 1).
+    integers int8 (int16 with 8 bits) [rows, 2**bits], ascending, and scale fp16 [rows]; a level is integer * scale
+    (BWA, Algorithm 1).
     `search` is `em` (at most `iterations` of them), `dp`, `minmax` or `uniform`, as WeightRecipe's `levels`; with
     `uniform` the zero point is -integers[:, 0]. Raises ValueError for what does not fit.
     """

@@ -166,7 +166,7 @@ def codebook(levels: Tensor, scales: Tensor, kind: Kind) -> dict[str, Tensor]:
     parts = {"scales": scales.contiguous()}
     if kind == "free":
         parts["levels"] = levels.contiguous()
-    else:
+    elif kind == "uniform":
         parts["zeros"] = (-levels[..., 0].to(torch.int16)).to(torch.uint8)
     return parts
 

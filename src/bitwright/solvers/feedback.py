@@ -7,13 +7,17 @@ inverse Hessian. The outlier columns stand last and absorb what is left before t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from bitwright.codebook import CodebookMatrix, Kind, code_of_rank
+from bitwright.codebook import CodebookMatrix, code_of_rank
 from bitwright.packing import pack_planes
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers import native
+from bitwright.solvers.grids import round_on_grid, uniform_grid
 from bitwright.solvers.hessian import Factor
 from bitwright.solvers.levels import (
     FP16_MAX,
@@ -23,8 +27,12 @@ from bitwright.solvers.levels import (
     minmax_levels,
     nearest,
     snap,
-    uniform_grid,
 )
+
+# Columns of a block, fp32 [rows, n] -> their ranks uint8 and levels fp32.
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Codes of more bits are computed from their grid; tables of their levels would be too long to search.
+SEARCHED_BITS = 4
 
 
 def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
@@ -33,7 +41,7 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> Grid
     The native kernels do it where they are there and the tensors are what they read; `find_levels_reference` does it
     anywhere.
     """
-    if native.available(block, importance):
+    if native.serves(recipe) and recipe.bits <= SEARCHED_BITS and native.available(block, importance):
         return native.find_levels(block, importance, recipe)
     return find_levels_reference(block, importance, recipe)
 
@@ -41,7 +49,7 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> Grid
 def find_levels_reference(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
     """`find_levels` in torch, for any dtype: the oracle of the native code."""
     if recipe.levels == "uniform":
-        return uniform_grid(block, recipe.bits)
+        return uniform_grid(block, recipe.bits, recipe.symmetric, recipe.range == "mse", importance)
     if recipe.levels == "minmax":
         return snap(minmax_levels(block, recipe.bits))
     if recipe.levels == "dp":
@@ -55,10 +63,20 @@ def assign(block: Tensor, values: Tensor, upper: Tensor, mode: str) -> tuple[Ten
     block [rows, width], values [rows, k] ascending, upper [width, width] the diagonal block of U. Modes: `none`,
     `block-diag` (the paper's listing), `block-tri` (exact for fixed codes), `column` (GPTQ inside the block).
     """
+
+    def rounded(weights: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = nearest(weights, values)
+        return ranks, values.gather(1, ranks.long())
+
+    return assign_rounded(block, rounded, upper, mode)
+
+
+def assign_rounded(block: Tensor, rounded: Rounding, upper: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """`assign`, where `rounded` finds ranks and levels of some columns of the block."""
     if mode == "column":
-        return _assign_by_column(block, values, upper)
-    ranks = nearest(block, values)
-    residual = block - values.gather(1, ranks.long())
+        return _assign_by_column(block, rounded, upper)
+    ranks, levels = rounded(block)
+    residual = block - levels
     if mode == "none":
         return ranks, torch.zeros_like(residual)
     if mode == "block-diag":
@@ -66,14 +84,14 @@ def assign(block: Tensor, values: Tensor, upper: Tensor, mode: str) -> tuple[Ten
     return ranks, torch.linalg.solve_triangular(upper, residual, upper=True, left=False)
 
 
-def _assign_by_column(block: Tensor, values: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def _assign_by_column(block: Tensor, rounded: Rounding, upper: Tensor) -> tuple[Tensor, Tensor]:
     work = block.clone()
     ranks = torch.zeros(block.shape, dtype=torch.uint8)
     errors = torch.zeros_like(block)
     for column in range(block.shape[1]):
         weight = work[:, column : column + 1]
-        rank = nearest(weight, values)
-        error = (weight - values.gather(1, rank.long())) / upper[column, column]
+        rank, level = rounded(weight)
+        error = (weight - level) / upper[column, column]
         work[:, column + 1 :] -= error * upper[column, column + 1 :]
         ranks[:, column : column + 1] = rank
         errors[:, column : column + 1] = error
@@ -86,7 +104,7 @@ def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRec
     Returns the CodebookMatrix without a permutation. `weights` is not changed. The native kernels do it where they are
     there and the tensors are what they read (solvers/native.py); `solve_rows_reference` does it anywhere.
     """
-    if native.available(weights, factor.upper, factor.importance):
+    if native.serves(recipe) and native.available(weights, factor.upper, factor.importance):
         return native.solve_rows(weights, factor, outliers, recipe)
     return solve_rows_reference(weights, factor, outliers, recipe)
 
@@ -98,20 +116,25 @@ def solve_rows_reference(weights: Tensor, factor: Factor, outliers: int, recipe:
     columns = work.shape[1]
     normal = columns - outliers
     reach = columns if recipe.feedback_outliers else normal
-    kind: Kind = "uniform" if recipe.levels == "uniform" else "free"
-    code_table = torch.arange(2**recipe.bits, dtype=torch.uint8) if kind == "uniform" else code_of_rank(recipe.bits)
+    kind, group = recipe.kind, recipe.group_of(normal)
+    code_table = code_of_rank(recipe.bits) if kind == "free" else torch.arange(2**recipe.bits).to(torch.uint8)
     codes, levels, scales, zeros = [], [], [], []
-    for start in range(0, normal, recipe.group):
-        stop = min(start + recipe.group, normal)
+    for start in range(0, normal, group):
+        stop = min(start + group, normal)
         block = work[:, start:stop]
         grid = find_levels_reference(block, factor.importance[start:stop], recipe)
-        ranks, error = assign(block, grid.values(), factor.upper[start:stop, start:stop], recipe.feedback)
+        upper = factor.upper[start:stop, start:stop]
+        if recipe.bits > SEARCHED_BITS:
+            ranks, error = assign_rounded(block, partial(round_on_grid, grid=grid), upper, recipe.feedback)
+        else:
+            ranks, error = assign(block, grid.values(), upper, recipe.feedback)
         if recipe.feedback != "none" and stop < reach:
             work[:, stop:reach] -= error @ factor.upper[start:stop, stop:reach]
         codes.append(code_table[ranks.long()])
-        by_code = torch.empty_like(grid.integers)
-        by_code[:, code_table.long()] = grid.integers
-        levels.append(by_code)
+        if kind == "free":
+            by_code = torch.empty_like(grid.integers)
+            by_code[:, code_table.long()] = grid.integers
+            levels.append(by_code)
         scales.append(grid.scale)
         if grid.zero is not None:
             zeros.append(grid.zero)
@@ -120,7 +143,7 @@ def solve_rows_reference(weights: Tensor, factor: Factor, outliers: int, recipe:
         rows=work.shape[0],
         columns=columns,
         bits=recipe.bits,
-        group=recipe.group,
+        group=group,
         kind=kind,
         planes=pack_planes(torch.cat(codes, dim=1), recipe.bits),
         scales=torch.stack(scales, dim=1),

@@ -19,7 +19,10 @@ DP_TABLE = 1 << 22
 
 @dataclass(frozen=True)
 class GridLevels:
-    """Integer levels int8 [rows, 2**bits] ascending, their scale fp16 [rows], zero point uint8 [rows] if uniform."""
+    """Integer levels int8 [rows, 2**bits] ascending, their scale fp16 [rows], zero point uint8 [rows] if uniform.
+
+    int16 where a zero point meets 8 bits: -255 .. 255.
+    """
 
     integers: Tensor
     scale: Tensor
@@ -153,19 +156,3 @@ def minmax_levels(block: Tensor, bits: int) -> Tensor:
     low, high = block.amin(dim=-1, keepdim=True), block.amax(dim=-1, keepdim=True)
     steps = torch.linspace(0.0, 1.0, 2**bits)
     return low + (high - low) * steps
-
-
-def uniform_grid(block: Tensor, bits: int) -> GridLevels:
-    """Round-to-nearest grid: scale = (max - min) / (2**bits - 1), zero = round(-min / scale) (spec 5.1).
-
-    The range is widened to contain 0; a row of zeros uses -1..1.
-    """
-    top = 2**bits - 1
-    low, high = block.amin(dim=-1).clamp_max(0.0), block.amax(dim=-1).clamp_min(0.0)
-    flat = (low == 0) & (high == 0)
-    low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
-    scale = ((high - low) / top).clamp(6e-8, FP16_MAX).to(torch.float16)
-    zero = torch.round(-low / scale.float()).clamp(0, top).to(torch.uint8)
-    ranks = torch.arange(top + 1, dtype=torch.int16)
-    integers = (ranks - zero.to(torch.int16).unsqueeze(-1)).to(torch.int8)
-    return GridLevels(integers, scale, zero)

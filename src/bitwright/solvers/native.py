@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitwright.codebook import CodebookMatrix, Kind, matrix_shapes
+from bitwright.codebook import CodebookMatrix, matrix_shapes
 from bitwright.native import native
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers.levels import GridLevels
@@ -31,6 +31,11 @@ def available(*tensors: Tensor) -> bool:
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return False
     return native() is not None
+
+
+def serves(recipe: WeightRecipe) -> bool:
+    """Whether the native code knows this search; the grid that errs least is searched for in torch."""
+    return recipe.levels in SEARCHES and recipe.range == "minmax"
 
 
 def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
@@ -55,8 +60,8 @@ def solve_rows(
     weights, upper, importance, dead = (
         tensor.contiguous() for tensor in (weights.detach(), factor.upper, factor.importance, factor.dead)
     )
-    kind: Kind = "uniform" if recipe.levels == "uniform" else "free"
-    shapes = matrix_shapes(rows, columns, recipe.bits, recipe.group, kind, outliers)
+    kind, group = recipe.kind, recipe.group_of(columns - outliers)
+    shapes = matrix_shapes(rows, columns, recipe.bits, group, kind, outliers)
     parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
 
     def address(name: str) -> int:
@@ -70,11 +75,12 @@ def solve_rows(
         rows,
         columns,
         outliers,
-        recipe.group,
+        group,
         SEARCHES.index(recipe.levels),
         FEEDBACK.index(recipe.feedback),
         recipe.bits,
         recipe.em_iterations,
+        recipe.symmetric,
         recipe.feedback_outliers,
         *(address(name) for name in ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")),
         threads or torch.get_num_threads(),
@@ -83,7 +89,7 @@ def solve_rows(
         rows=rows,
         columns=columns,
         bits=recipe.bits,
-        group=recipe.group,
+        group=group,
         kind=kind,
         planes=parts["codes"],
         scales=parts["scales"],
@@ -123,12 +129,13 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe, threads
         SEARCHES.index(recipe.levels),
         recipe.bits,
         recipe.em_iterations,
+        recipe.symmetric,
         integers.data_ptr(),
         scale.data_ptr(),
         zero.data_ptr(),
         threads or torch.get_num_threads(),
     )
-    return GridLevels(integers, scale, zero if recipe.levels == "uniform" else None)
+    return GridLevels(integers, scale, zero if recipe.kind == "uniform" else None)
 
 
 def check_block(block: Tensor, importance: Tensor) -> tuple[int, int]:

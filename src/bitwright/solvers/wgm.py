@@ -156,7 +156,7 @@ def solve(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) 
         rows=rows,
         columns=columns,
         bits=recipe.bits,
-        group=recipe.group,
+        group=recipe.group_of(normal),
         kind="shared",
         planes=planes,
         scales=None,

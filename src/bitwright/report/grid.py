@@ -1,0 +1,151 @@
+"""Which methods a comparison runs: presets with options by name, and the grids of the BWA paper's tables.
+
+A method is written as a preset and its options, `bwa:weights.feedback=column,weights.levels=dp`, or `original`, the
+model as it is. A grid stands for a list of methods. Presets are looked up in the recipe when they are asked for: one
+that is added there later joins by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitwright.errors import RecipeError
+from bitwright.recipe import PRESETS, Recipe, parse_option
+
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison. `recipe` is None for the original model; `label` is what the row is called."""
+
+    text: str
+    label: str
+    recipe: Recipe | None
+
+    @property
+    def key(self) -> str:
+        """A name for files: equal for equal recipes alone."""
+        if self.recipe is None:
+            return ORIGINAL
+        return f"{self.recipe.name}-{hashlib.sha256(self.recipe.to_json().encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of the BWA paper: what it shows, and its (label, method) rows for a narrowest layer of so many inputs."""
+
+    title: str
+    rows: Callable[[int], list[tuple[str, str]]]
+
+
+def _table1(_: int) -> list[tuple[str, str]]:
+    return [(name, name) for name in (ORIGINAL, "rtn", "gptq", "billm", "quarot", "atom", "bwa")]
+
+
+# Preset bwa taken apart; docs/methods.md says what each option is.
+_PLAIN = "weights.importance=none,activations.balance=none"
+_GPTQ1 = f"weights.bits=1,weights.levels=minmax,weights.feedback=column,{_PLAIN}"
+
+
+def _table4(_: int) -> list[tuple[str, str]]:
+    return [
+        (ORIGINAL, ORIGINAL),
+        ("neither (1 bit, equally spaced levels)", f"bwa:{_GPTQ1}"),
+        ("minimum-distance levels", f"bwa:weights.bits=1,{_PLAIN}"),
+        ("1+1 grouping", f"bwa:weights.levels=minmax,{_PLAIN}"),
+        ("both", f"bwa:{_PLAIN}"),
+    ]
+
+
+def _table5(_: int) -> list[tuple[str, str]]:
+    return [
+        (ORIGINAL, ORIGINAL),
+        ("1-bit GPTQ, groups of 128", f"bwa:{_GPTQ1},weights.outliers=0,weights.order=none"),
+        ("+ int8 outliers", f"bwa:{_GPTQ1}"),
+        ("+ minimum-distance levels", f"bwa:weights.bits=1,{_PLAIN}"),
+        ("+ 1+1 grouping", f"bwa:{_PLAIN}"),
+        ("+ Hessian weighting", "bwa:activations.balance=none"),
+        ("+ balanced planes (preset bwa)", "bwa"),
+    ]
+
+
+def _table9(columns: int) -> list[tuple[str, str]]:
+    """The paper's 0, 128, .. 1024 of 4096 inputs; on narrower layers the same shares, in steps of 16."""
+    paper = (0, 128, 256, 512, 768, 1024)
+    counts = {count if columns >= 4096 else (count * columns // 4096 + 15) // 16 * 16 for count in paper}
+    fitting = sorted(count for count in counts if count <= columns // 2)
+    return [(ORIGINAL, ORIGINAL), *((f"{count} int8 channels", f"bwa:weights.outliers={count}") for count in fitting)]
+
+
+GRIDS: dict[str, Grid] = {
+    "paper-table1": Grid("Methods beside each other (Table 1 of the BWA paper)", _table1),
+    "paper-table4": Grid("Minimum-distance levels and 1+1 grouping (Table 4 of the BWA paper)", _table4),
+    "paper-table5": Grid("Ablation ladder (Table 5 of the BWA paper)", _table5),
+    "paper-table9": Grid("Number of int8 outlier channels (Table 9 of the BWA paper)", _table9),
+}
+
+
+def split_methods(words: Iterable[str]) -> list[str]:
+    """`["original,bwa:a=1,b=2", "rtn"]` -> original, bwa:a=1,b=2, rtn.
+
+    A comma ends a method unless an option follows: what has a `=` and no `:` before it belongs to the method at hand.
+    """
+    methods: list[str] = []
+    for word in words:
+        first = True
+        for piece in (piece.strip() for piece in word.split(",")):
+            if not piece:
+                continue
+            option = "=" in piece and ":" not in piece.partition("=")[0]
+            if option and first:
+                raise RecipeError(f"--methods: {piece!r} is an option without a method; write for example bwa:{piece}")
+            if option:
+                methods[-1] += ("," if ":" in methods[-1] else ":") + piece
+            else:
+                methods.append(piece)
+            first = False
+    return methods
+
+
+def parse_method(text: str, common: Mapping[str, Any], label: str | None = None) -> Method:
+    """One method. `common` are options of all of them, such as `calibration.sequences`; its own options win."""
+    name, _, options = text.partition(":")
+    if name == ORIGINAL:
+        if options:
+            raise RecipeError(f"method {text!r}: the original has no options; write 'original'")
+        return Method(text, label or text, None)
+    changes = dict(parse_option(option) for option in options.split(",")) if options else {}
+    try:
+        recipe = PRESETS[name].with_options({**common, **changes})
+    except RecipeError as error:
+        raise RecipeError(f"method {text!r}: {error}") from None
+    return Method(text, label or text, recipe)
+
+
+def choose(words: Iterable[str], common: Mapping[str, Any], columns: int) -> tuple[list[Method], list[str], list[str]]:
+    """What `--methods` asks for: the methods, the titles of the grids among them, and the names that do not exist.
+
+    columns  inputs of the model's narrowest layer; the grids scale by it
+    """
+    asked: list[tuple[str, str]] = []
+    titles = []
+    for word in split_methods(words):
+        if word in GRIDS:
+            titles.append(GRIDS[word].title)
+            asked.extend(GRIDS[word].rows(columns))
+        else:
+            asked.append((word.replace(":", " ", 1).replace(",", " "), word))
+    methods: list[Method] = []
+    unknown: list[str] = []
+    for label, text in dict.fromkeys(asked):
+        name = text.partition(":")[0]
+        if name != ORIGINAL and name not in PRESETS:
+            if name not in unknown:
+                unknown.append(name)
+        else:
+            methods.append(parse_method(text, common, label))
+    return methods, titles, unknown

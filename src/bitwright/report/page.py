@@ -1,0 +1,198 @@
+"""What stands on a page, in its order; templates/page.html.j2 says how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bitwright.recipe import PRESETS
+from bitwright.report import figures, tables
+from bitwright.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with what is written above and below it."""
+
+    svg: str
+    title: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: str
+    figures: list[Figure]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One method's recipe: every option, those that differ from its preset, and its linears."""
+
+    title: str
+    changes: str
+    options: list[tuple[str, Any]]
+    layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template fills in."""
+
+    title: str
+    subtitle: str
+    tables: list[Table]
+    sections: list[Section]
+    settings: list[Setting]
+    provenance: list[tuple[str, str]] = field(default_factory=list)
+
+
+def render(page: Page) -> str:
+    """The page as one HTML document that asks the network for nothing."""
+    environment = Environment(
+        loader=PackageLoader("bitwright.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Drawings are ours and escaped where they were made; everything else is escaped by the template.
+    for section in page.sections:
+        for index, figure in enumerate(section.figures):
+            section.figures[index] = Figure(Markup(figure.svg), figure.title, figure.caption)
+    return environment.get_template("page.html.j2").render(page=page, zip=zip)
+
+
+def comparison_page(results: dict[str, Any]) -> Page:
+    """Table, quality against bits, errors, activations and settings of a comparison."""
+    table = tables.comparison_table(results)
+    model = results["model"]["name"]
+    quantized = [row for row in results["methods"] if row["recipe"] is not None]
+    count = f"{len(quantized)} method{'' if len(quantized) == 1 else 's'}"
+    sections = [_quality(results)] if quantized else []
+    if quantized:
+        titled = [(f"{number}. {row['label']}", row["layers"])
+                  for number, row in enumerate(results["methods"], 1) if row["recipe"]]  # fmt: skip
+        sections.append(error_section(titled))
+    sections.append(_activations(results))
+    settings = [
+        recipe_setting(f"{number}. {row['label']}", row["recipe"], row["layers"])
+        for number, row in enumerate(results["methods"], 1)
+        if row["recipe"] is not None
+    ]
+    return Page(
+        title=f"{model}: {count} compared",
+        subtitle=f"{results['parameters']:,} parameters, {results['linear_weights']:,} of them in the linears that are"
+        " quantized; one calibration text, one protocol, all bits counted.",
+        tables=[table],
+        sections=sections,
+        settings=settings,
+        provenance=[*_protocols(results), *common_provenance(results)],
+    )
+
+
+def _quality(results: dict[str, Any]) -> Section:
+    originals = [row for row in results["methods"] if row["recipe"] is None]
+    drawn = []
+    for index, name in enumerate(tables.text_names(results)):
+        points = tables.points(results, index)
+        original = originals[0]["measured"][index]["perplexity"] if originals else None
+        left_out = sum(row["recipe"] is not None for row in results["methods"]) - len(points)
+        caption = f"{left_out} with infinite perplexity not shown." if left_out else ""
+        drawn.append(Figure(figures.quality_against_bits(f"quality{index}", points, original), name, caption))
+        # A broken method squeezes all others into a corner.
+        best = min((perplexity for _, _, perplexity in points), default=0.0)
+        near = [point for point in points if point[2] <= 2 * best]
+        if len(near) > 1 and any(perplexity > 4 * best for _, _, perplexity in points):
+            closer = figures.quality_against_bits(f"closer{index}", near, original)
+            drawn.append(Figure(closer, f"{name}, closer", "Perplexities up to twice the lowest quantized one."))
+    return Section(
+        "Perplexity against honest bits",
+        "Numbers are those of the table. The line is the Pareto front: its methods (circles) have none below them that"
+        " needs no more bits. Lower and further left is better.",
+        drawn,
+    )
+
+
+def error_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> Section:
+    """A heat map for each (title, layers), all on one scale of colours."""
+    limits = figures.error_range(layer for _, layers in titled for layer in layers)
+    return Section(
+        "Error by layer and site",
+        "Squared error of each linear's output over its squared norm, on the calibration inputs with quantized"
+        " activations and exact weights exchanged for quantized ones. Colours are logarithmic"
+        f"{' and mean the same in all maps' if len(titled) > 1 else ''}; figures are under Settings.",
+        [Figure(figures.error_map(f"error{i}", layers, limits), title) for i, (title, layers) in enumerate(titled)],
+    )
+
+
+def _activations(results: dict[str, Any]) -> Section:
+    """One figure a site and way of moving the channels; methods that move them alike share theirs."""
+    sites = list(dict.fromkeys(key.partition("/")[2] for key in results["before"]))
+    ways: list[tuple[dict[str, Any], list[str]]] = []
+    for number, row in enumerate(results["methods"], 1):
+        same = [numbers for after, numbers in ways if after == row["after"]]
+        if row["after"] and same:
+            same[0].append(str(number))
+        elif row["after"]:
+            ways.append((row["after"], [str(number)]))
+    drawn = []
+    for way, (after, numbers) in enumerate(ways or [({}, [])]):
+        for site in sites:
+            caption = f"Order of channels of method{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}."
+            drawn.append(
+                Figure(
+                    figures.activation_curves(
+                        f"activations{way}{site}", site, _of_site(results["before"], site), _of_site(after, site)
+                    ),
+                    caption=caption if numbers else "",
+                )
+            )
+    moved = " and after a method has moved them (int8 channels shaded)" if ways else ""
+    return Section(
+        "Activations by channel",
+        f"Largest absolute value of each input channel of a site in the original model, before{moved}:"
+        f" {results['activations_on']}; the largest of every hundredth or so of the channels is drawn.",
+        drawn,
+    )
+
+
+def _of_site(curves: dict[str, Any], site: str) -> dict[int, Any]:
+    return {int(key.partition("/")[0]): curve for key, curve in curves.items() if key.partition("/")[2] == site}
+
+
+def recipe_setting(title: str, recipe: dict[str, Any], layers: list[dict[str, Any]]) -> Setting:
+    options = dict(flat(recipe))
+    standard = dict(flat(PRESETS[recipe["name"]].to_dict())) if recipe["name"] in PRESETS else {}
+    changed = [f"{key}={value}" for key, value in options.items() if standard and standard.get(key, "") != value]
+    words = f"preset {recipe['name']}" + (" with " + ", ".join(changed) if changed else "")
+    return Setting(title, words, list(options.items()), layers)
+
+
+def flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a recipe and their values; a part that is off is the word none."""
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "none" if value is None else value
+
+
+def _protocols(results: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (f"protocol, method {number}", row["measured"][0]["protocol"])
+        for number, row in enumerate(results["methods"], 1)
+    ] + [(f"text {text['name']}", f"sha256 {text['sha256']}") for text in results["texts"]]
+
+
+def common_provenance(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Calibration text, the original's files and the programs, from a manifest or from what a comparison shares."""
+    rows = [("calibration", f"{facts['calibration']['name']}, sha256 {facts['calibration']['sha256']}")]
+    rows += [(f"original {name}", f"sha256 {digest}") for name, digest in facts["model"]["files"].items()]
+    programs = f"bitwright {facts['bitwright']}, torch {facts['torch']}, transformers {facts['transformers']}"
+    return [*rows, ("made with", f"{programs}, {facts['cpu']}")]

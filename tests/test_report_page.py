@@ -1,0 +1,199 @@
+"""The pages in a real browser: no request, no complaint, nothing beyond the screen, readable on light and dark ground.
+
+Chromium is driven by its command line. A copy of the page with a script measures; the page itself has none, and its
+policy would not let one run.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import support
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  const seen = e => getComputedStyle(e);
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll > table") && !e.closest("svg")
+      && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80));
+  const texts = [...document.querySelectorAll("figure svg text")];
+  const out = {
+    inner: innerWidth,
+    scroll: document.documentElement.scrollWidth,
+    wide,
+    figures: [...document.querySelectorAll("figure svg")].map(e => {
+      const box = e.getBoundingClientRect();
+      return [e.getAttribute("aria-label"), box.width, box.height];
+    }),
+    smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
+    outside: texts.filter(e => { const a = e.getBoundingClientRect(), b = e.closest("svg").getBoundingClientRect();
+      return a.left < b.left - 1 || a.right > b.right + 1; }).map(e => e.textContent),
+    body: [seen(document.body).color, seen(document.body).backgroundColor],
+    figure: [seen(texts[0]).fill, seen(document.querySelector("figure")).backgroundColor],
+    duplicates: [...document.querySelectorAll("[id]")].map(e => e.id).filter((id, i, all) => all.indexOf(id) != i),
+    missing: [...document.querySelectorAll("use")].map(e => e.href.baseVal)
+      .filter(href => !document.getElementById(href.slice(1))),
+  };
+  parent.postMessage(JSON.stringify(out), "*");
+});
+</script>
+"""
+
+# Windows have a least width above that of a phone; frames have none.
+FRAME = """
+<!doctype html>
+<style>:root {{ color-scheme: {scheme}; }} iframe {{ width: {width}px; height: 900px; border: 0; }}</style>
+<pre id="measured"></pre>
+<script>addEventListener("message", e => document.getElementById("measured").textContent = e.data);</script>
+<iframe src="measured.html"></iframe>
+"""
+
+
+def chromium(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    profile = page.with_name("profile")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *flags)
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def complaints(page: Path) -> list[str]:
+    """What the browser writes to the console: errors of the page, and requests that its policy stopped."""
+    return [line for line in chromium(page).stderr.splitlines() if "CONSOLE" in line]
+
+
+def measured(page: Path, scratch: Path, width: int, dark: bool) -> Any:
+    text = page.read_text()
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert without != text
+    copy = scratch / "measured.html"
+    copy.write_text(without.replace("</body>", MEASURE + "</body>"))
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    frame = scratch / "frame.html"
+    frame.write_text(FRAME.format(width=width, scheme="dark" if dark else "light"))
+    dom = chromium(frame, "--window-size=1400,1000", "--virtual-time-budget=5000", scheme).stdout
+    found = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
+    assert found
+    assert found[1], "the page did not load in its frame"
+    return json.loads(html.unescape(found[1]))
+
+
+def contrast(colours: list[str]) -> float:
+    """Contrast ratio of two `rgb(...)` colours (WCAG 2)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, colours))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.fixture(scope="module")
+def compared(
+    models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The page of a comparison with a long label, two orders of channels and two texts."""
+    root = tmp_path_factory.mktemp("page")
+    second = root / "a-text-with-a-rather-long-name-<b>&.txt"
+    second.write_text(support.words(1500, 13))
+    outcome = support.run_cli(
+        *("compare", models["llama"], "--calib", calibration_file, "--out", root / "out"),
+        *("--methods", "original,rtn,wgm,bwa,bwa:weights.feedback=column,weights.levels=dp,weights.order=descending"),
+        *("--text", evaluation_file, "--text", second),
+        *("--sequences", "2", "--length", "48", "--window", "48", "--windows", "2"),
+    )
+    assert outcome.code == 0, outcome.err
+    return root / "out" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def of_artifact(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    page = tmp_path_factory.mktemp("page") / "artifact.html"
+    outcome = support.run_cli("report", artifact(), "--out", page)
+    assert outcome.code == 0, outcome.err
+    return page
+
+
+def test_a_page_stands_alone(compared: Path, of_artifact: Path) -> None:
+    for page in (compared, of_artifact):
+        text = page.read_text()
+        assert "<script" not in text
+        assert not [link for link in re.findall(r'(?:src|href)="([^"]*)"', text) if not re.match("#|data:", link)]
+        assert len(text) < 1_500_000
+    assert "a-text-with-a-rather-long-name-&lt;b&gt;&amp;.txt" in compared.read_text()
+    assert "<b>&" not in compared.read_text()
+
+
+def test_the_page_of_an_artifact_counts_as_plan_does(
+    of_artifact: Path, artifact: Callable[..., Path], models: dict[str, Path]
+) -> None:
+    planned = support.run_cli("plan", models["llama"], "--json").json
+    cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", of_artifact.read_text())]
+    for key in ("linear_weights", "linear_bytes", "parameters", "total_bytes"):
+        assert f"{planned[key]:,}" in cells, key
+    for key in ("linear_bits", "model_bits"):
+        assert f"{planned[key]:.4f}" in cells, key
+    layers = json.loads((artifact() / "bitwright_manifest.json").read_text())["layers"]
+    assert all(layer["linear"] in cells and f"{layer['error']:.5f}" in cells for layer in layers)
+
+
+def test_report_of_what_is_no_artifact(models: dict[str, Path], artifact_copy: Path, tmp_path: Path) -> None:
+    assert "is no bitwright artifact" in support.run_cli("report", models["llama"]).message
+    assert "there is no artifact directory" in support.run_cli("report", tmp_path / "none").message
+    support.flip_bit(artifact_copy / "bitwright_manifest.json", 40)
+    assert "bitwright_manifest.json" in support.run_cli("report", artifact_copy).message
+    assert not artifact_copy.with_name("copy.html").exists()
+
+
+@browser
+def test_no_complaints_and_no_requests(compared: Path, of_artifact: Path, tmp_path: Path) -> None:
+    assert complaints(compared) == []
+    assert complaints(of_artifact) == []
+    # That the browser does complain: the same page with a picture from elsewhere.
+    asking = tmp_path / "asking.html"
+    asking.write_text(compared.read_text().replace("</main>", '<img src="http://localhost:9/x.png"></main>'))
+    assert any("Content Security Policy" in line for line in complaints(asking))
+
+
+@browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_it_reads_well(compared: Path, of_artifact: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    kinds = {"perplexity against": 2, "relative output error": 4, "largest activation": 8}
+    for page, expected in ((compared, kinds), (of_artifact, {"relative output error": 1})):
+        found = measured(page, tmp_path, width, dark)
+        assert found["inner"] == width
+        assert found["scroll"] <= width
+        assert found["wide"] == []
+        for kind, count in expected.items():
+            drawn = [box for label, *box in found["figures"] if label.startswith(kind)]
+            assert len(drawn) == count, kind
+            assert all(box[0] > 280 and box[1] > 100 for box in drawn)
+        assert len(found["figures"]) == sum(expected.values())
+        assert found["smallest"] >= 9, "text of a figure is too small to read"
+        assert found["outside"] == []
+        assert found["duplicates"] == []
+        assert found["missing"] == []
+        assert contrast(found["body"]) > 7
+        assert contrast(found["figure"]) > 7
+        background = int(re.findall(r"\d+", found["body"][1])[0])
+        assert background < 64 if dark else background > 192
