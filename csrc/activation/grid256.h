@@ -1,27 +1,9 @@
 // grid.h with AVX2: the range of a group, eight channels at a time.
 #pragma once
-#include <immintrin.h>
-
+#include "../vector256.h"
 #include "grid.h"
 
 namespace bitwright {
-
-// Lanes of the last, shorter vector of a group.
-BITWRIGHT_INLINE __m256i lanes(int64_t count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-BITWRIGHT_INLINE float reduce_min(__m256 v) {
-  __m128 low = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  low = _mm_min_ps(low, _mm_movehl_ps(low, low));
-  return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
-}
-
-BITWRIGHT_INLINE float reduce_max(__m256 v) {
-  __m128 high = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  high = _mm_max_ps(high, _mm_movehl_ps(high, high));
-  return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
-}
 
 BITWRIGHT_INLINE Range range256(const float* values, int64_t channels) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), largest_finite = _mm256_set1_epi32(0x7f7fffff);

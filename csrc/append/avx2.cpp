@@ -1,21 +1,10 @@
 // The encoder of cache records, eight channels at a time; divides and rounds exactly as the scalar one does.
-#include <immintrin.h>
-
+#include "../vector256.h"
 #include "kernels.h"
 
 namespace bitwright {
 
 namespace {
-
-inline __m256i lanes(int64_t count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-inline float reduce_min(__m256 v) {
-  __m128 low = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  low = _mm_min_ps(low, _mm_movehl_ps(low, low));
-  return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
-}
 
 // Eight values, clamped to fp16; 0 in lanes beyond the last.
 inline __m256 load(const float* states, int64_t i, int64_t count) {

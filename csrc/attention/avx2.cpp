@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "../decoder.h"
+#include "../vector256.h"
 
 namespace bitwright {
 
@@ -47,27 +48,11 @@ struct Planes {
   }
 };
 
-ALWAYS __m256i word_mask(int64_t words) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(words)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
 // Eight words of a record's codes; in the last block only those that the mask has, and 0 beyond.
 template <bool Last>
 ALWAYS __m256i load_words(const uint8_t* codes, __m256i mask) {
   if (Last) return _mm256_maskload_epi32(reinterpret_cast<const int*>(codes), mask);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-}
-
-ALWAYS float reduce_add(__m256 v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-ALWAYS float reduce_max(__m256 v) {
-  __m128 high = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  high = _mm_max_ps(high, _mm_movehl_ps(high, high));
-  return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
 }
 
 // The coefficients of Cephes' expf. Below the range of normal numbers 0: a masked score, -inf, has no weight. Scores
@@ -172,7 +157,7 @@ template <int Bits>
 ALWAYS void scores_of_four(const uint8_t* codes, int64_t bytes, int64_t words, const float* q, float* out) {
   __m256 even[4], odd[4];  // two sums each: one would wait for its own last multiplication
   UNROLL for (int k = 0; k < 4; ++k) even[k] = odd[k] = _mm256_setzero_ps();
-  const __m256i mask = word_mask(words % 8);
+  const __m256i mask = lanes(words % 8);
   for (int64_t left = words; left >= 8; left -= 8, codes += 32, q += Planes<Bits>::kBlock) {
     score_block<Bits, false>(codes, bytes, mask, q, even, odd);
   }
@@ -226,7 +211,7 @@ void few_values(const Chunk& c, const Records& r, int64_t words, float* weights,
   }
   *base = *base * factor + reduce_add(low);
   const __m256 factors = _mm256_set1_ps(factor);
-  const __m256i mask = word_mask(words % 8);
+  const __m256i mask = lanes(words % 8);
   const uint8_t* codes = c.values;
   for (int64_t left = words; left >= 8; left -= 8, codes += 32, sums += Planes<Bits>::kBlock) {
     value_block<Bits, false>(codes, r.bytes(), c.count, mask, weights, factors, sums);

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "../decoder.h"
+#include "../vector256.h"
 
 namespace bitwright {
 
@@ -61,11 +62,6 @@ void pass(float* y, int64_t size, int64_t stride) {
 }
 
 ALWAYS __m256 negative(__m256 v) { return _mm256_xor_ps(v, _mm256_set1_ps(-0.0f)); }
-
-// The first `width` lanes.
-ALWAYS __m256i lanes(int64_t width) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(width)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
 
 // Vectors of 8 columns, the last of them under `mask`.
 template <int Vectors>

@@ -9,17 +9,6 @@
 
 namespace bitwright {
 
-namespace {
-
-// ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
-inline float reduce_add(__m256 v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-}  // namespace
-
 void quantize_planes_avx2(const float* x, const Geometry& g, const PlaneQuantizer& q, const PlaneActivations& out,
                           float* scratch, int64_t first, int64_t last) {
   const PlaneLayout layout(g);
