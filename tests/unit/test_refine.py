@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
-from bitwright.solvers import SOLVERS, asymmetric_target, factorize
+from bitwright.solvers import SOLVERS, asymmetric_target, factorize, input_drift
 from bitwright.solvers.feedback import solve_rows
 from bitwright.solvers.levels import GridLevels
 from bitwright.solvers.refine import _descend, _refit, refine
@@ -25,7 +25,7 @@ from .twins import correlated, examples, gaussian
 
 def site(columns: int, seed: int, damping: float = 0.01) -> Any:
     x = correlated(columns, seed)
-    return factorize(x.T @ x, damping, "conditional")
+    return factorize(x.T @ x, damping, "conditional", keep_hessian=True)
 
 
 def losses(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor) -> np.ndarray:
@@ -132,15 +132,16 @@ def test_the_asymmetric_target_is_the_ridge_regression(damping: float) -> None:
     x = correlated(10, 1, tokens=80)
     full = x + 0.3 * correlated(10, 2, tokens=80)
     weights = gaussian(4, 10, seed=3)
-    factor = factorize(x.T @ x, damping, "none")
-    found = asymmetric_target(weights, full.T @ x, factor, 1.0).double().numpy()
+    factor = factorize(x.T @ x, damping, "none", keep_hessian=True)
+    drift = input_drift(full.T @ x, factor)
+    found = asymmetric_target(weights, drift, factor, 1.0).double().numpy()
     # |X_full w - X t|^2 + d |w - t|^2 as one least squares problem.
     ridge = np.sqrt(factor.shift) * np.eye(10)
     left = np.vstack([x.double().numpy(), ridge])
     right = np.vstack([full.double().numpy(), ridge]) @ weights.double().numpy().T
     assert found == pytest.approx(np.linalg.lstsq(left, right, rcond=None)[0].T, rel=1e-3, abs=1e-4)
-    half = asymmetric_target(weights, full.T @ x, factor, 0.5).double().numpy()
+    half = asymmetric_target(weights, drift, factor, 0.5).double().numpy()
     assert half == pytest.approx((found + weights.double().numpy()) / 2, rel=1e-4, abs=1e-5)
-    assert torch.allclose(asymmetric_target(weights, x.T @ x, factor, 1.0), weights, atol=1e-4)
+    assert torch.allclose(asymmetric_target(weights, input_drift(x.T @ x, factor), factor, 1.0), weights, atol=1e-4)
     with pytest.raises(ValueError, match="damped Hessian"):
-        asymmetric_target(weights, full.T @ x, dataclasses.replace(factor, hessian=None), 1.0)
+        input_drift(full.T @ x, dataclasses.replace(factor, hessian=None))

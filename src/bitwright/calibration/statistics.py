@@ -39,9 +39,11 @@ class HessianSum:
         stop = min(start + ROW_BLOCK, self.cross.shape[0])
         self.cross[start:stop].addmm_(full[:, start:stop].T, x)
 
-    def finish_cross(self) -> Tensor | None:
-        """(2 / N) X_full^T X, or None where none was asked for."""
-        return None if self.cross is None else self.cross.mul_(2.0 / max(self.sequences, 1))
+    def finish_cross(self) -> Tensor:
+        """(2 / N) X_full^T X. Raises ValueError where none was asked for."""
+        if self.cross is None:
+            raise ValueError("this sum was made without the full-precision inputs")
+        return self.cross.mul_(2.0 / max(self.sequences, 1))
 
     def finish(self) -> Tensor:
         """H = (2 / N) X^T X, symmetric."""

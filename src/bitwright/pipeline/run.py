@@ -24,11 +24,13 @@ from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed, head
-from bitwright.pipeline.block import SHARES, BlockJob, measure_energy, propagate, solve_sites
+from bitwright.pipeline.block import propagate, solve_sites
+from bitwright.pipeline.job import SHARES, BlockJob
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.source import Source
 from bitwright.pipeline.state import RunDirectory, RunState
+from bitwright.pipeline.sums import measure_energy
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedLinear
 from bitwright.workers import Workers
@@ -233,8 +235,8 @@ class _Run:
         self.directory.restart()
         self.directory.artifact.mkdir(parents=True, exist_ok=True)
         state = RunState(facts)
-        integers = outer_tensors(self.skeleton, self.plan.outer) if self.plan.outer else None
-        self._write_shard(state, 0, self.source.outer(stored=True) if integers is None else integers)
+        stored = outer_tensors(self.skeleton, self.plan.outer) if self.plan.outer else self.source.outer(stored=True)
+        self._write_shard(state, 0, stored)
         # One file serves both streams until they part: in block 0, or before it where the embedding is quantized.
         full = self._embedded("stream-0.f32", values)
         quantized = full

@@ -14,6 +14,7 @@ from bitwright.solvers.feedback import join_rows as join_rows
 from bitwright.solvers.hessian import Factor as Factor
 from bitwright.solvers.hessian import asymmetric_target as asymmetric_target
 from bitwright.solvers.hessian import factorize as factorize
+from bitwright.solvers.hessian import input_drift as input_drift
 from bitwright.solvers.hessian import output_error as output_error
 
 Solver = Callable[[Tensor, Factor, int, WeightRecipe], CodebookMatrix]

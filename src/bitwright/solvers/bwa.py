@@ -18,7 +18,9 @@ from bitwright.solvers.refine import refine
 def solve(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
     """fp32 [rows, columns] in site order, outlier columns last -> codes, levels and int8 outliers."""
     matrix = solve_rows(weights, factor, outliers, recipe)
-    if not recipe.refine or factor.hessian is None:
+    if not recipe.refine:
         return matrix
+    if factor.hessian is None:
+        raise ValueError("refinement needs the damped Hessian in its factor")
     alive = weights.masked_fill(factor.dead, 0.0)
     return refine(alive, matrix, factor.hessian, recipe.refine)

@@ -25,7 +25,7 @@ class Factor:
     dead        bool [columns], inputs that were never active
     damping     the share of the mean diagonal that was added in the end
     rescue      None, or what had to be done beyond the recipe, in words
-    hessian     Hd, damped, fp32 [columns, columns]; None where only feedback is wanted
+    hessian     Hd, damped, fp32 [columns, columns], where it was asked for
     shift       what was added to the diagonal of H
     """
 
@@ -38,12 +38,19 @@ class Factor:
     shift: float = 0.0
 
 
-def factorize(hessian: Tensor, damping: float, importance: Importance, threads: int | None = None) -> Factor:
+def factorize(
+    hessian: Tensor,
+    damping: float,
+    importance: Importance,
+    threads: int | None = None,
+    *,
+    keep_hessian: bool = False,
+) -> Factor:
     """H fp32 [columns, columns], symmetric, in site order -> its Factor.
 
     Dead inputs (H_ii = 0) get H_ii = 1. Tried in turn: fp32, fp64, damping times 10 up to four times, and at last the
     diagonal alone, which makes feedback vanish but never fails. `threads` (torch's number unless said) is for the
-    native code, whose result does not depend on it.
+    native code, whose result does not depend on it. `keep_hessian` for refinement and asymmetric targets.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
@@ -58,12 +65,12 @@ def factorize(hessian: Tensor, damping: float, importance: Importance, threads: 
                 words = [f"damping raised from {damping:g} to {share:g}"] if step else []
                 words += ["factorized in float64"] if dtype == torch.float64 else []
                 weight = _importance(alive, share * mean, upper, importance)
-                damped = _damped(alive, share * mean)
+                damped = _damped(alive, share * mean) if keep_hessian else None
                 return Factor(upper, weight, dead, share, ", ".join(words) or None, damped, share * mean)
         share *= 10
     upper = torch.diag((alive.diagonal() + damping * mean).rsqrt())
     weight = _importance(alive, damping * mean, upper, importance)
-    only = torch.diag(alive.diagonal() + damping * mean)
+    only = torch.diag(alive.diagonal() + damping * mean) if keep_hessian else None
     return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only", only, damping * mean)
 
 
@@ -107,18 +114,25 @@ def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) 
     return 1.0 / upper.diagonal().square()
 
 
-def asymmetric_target(weights: Tensor, cross: Tensor, factor: Factor, share: float) -> Tensor:
-    """Weights to aim at when quantized inputs X shall give what full-precision inputs X_full gave: W + share (T - W).
+def input_drift(cross: Tensor, factor: Factor) -> Tensor:
+    """D = (X_full^T X + d I) - (X^T X + d I), fp32 [columns, columns]: how far inputs X have come from X_full.
 
-    T = W (X_full^T X + d I) (X^T X + d I)^-1 minimises |X_full W^T - X T^T|^2 (GPTAQ, Li et al. 2025, section 3, in
-    closed form), d the damping. weights fp32 [rows, columns] in site order, cross fp32 [columns, columns] = X_full^T X.
+    cross fp32 [columns, columns] = X_full^T X in site order. Raises ValueError for a factor without its Hessian.
     """
     if factor.hessian is None:
         raise ValueError("an asymmetric target needs the damped Hessian in its factor")
-    # (C + d I) - (H + d I) = C - H: what the inputs have drifted, brought back through the inverse.
-    drift = weights @ (cross - factor.hessian)
-    drift += weights * factor.shift
-    return weights + share * (drift @ factor.upper.T @ factor.upper)
+    drift = cross - factor.hessian
+    drift.diagonal().add_(factor.shift)
+    return drift
+
+
+def asymmetric_target(weights: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
+    """Weights to aim at when quantized inputs X shall give what full-precision inputs X_full gave: W + share (T - W).
+
+    T = W (X_full^T X + d I) (X^T X + d I)^-1 = W + W D (X^T X + d I)^-1 minimises |X_full W^T - X T^T|^2 (GPTAQ, Li et
+    al. 2025, section 3, in closed form), d the damping, D the `input_drift`. weights fp32 [rows, columns].
+    """
+    return weights + share * (weights @ drift @ factor.upper.T @ factor.upper)
 
 
 def output_error(original: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[float, float]:

@@ -78,7 +78,7 @@ def _improve(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) ->
     """Refitted levels and exchanged codes of one block, row by row where they lower (T - Q) H_bb (T - Q)^T."""
     before = _loss(target - grid.values().gather(1, ranks), square)
     fitted = snap(_refit(target, square, grid, ranks).sort(dim=1).values)
-    start = nearest_ranks(grid.values().gather(1, ranks), fitted)
+    start = nearest(grid.values().gather(1, ranks), fitted.values()).long()
     exchanged = _descend(target, square, fitted.values(), start)
     after = _loss(target - fitted.values().gather(1, exchanged), square)
     better = after < before
@@ -86,11 +86,6 @@ def _improve(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) ->
         torch.where(better.unsqueeze(1), fitted.integers, grid.integers), torch.where(better, fitted.scale, grid.scale)
     )
     return kept, torch.where(better.unsqueeze(1), exchanged, ranks)
-
-
-def nearest_ranks(values: Tensor, grid: GridLevels) -> Tensor:
-    """int64 ranks of the levels nearest to `values` [rows, width]."""
-    return nearest(values, grid.values()).long()
 
 
 def _refit(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) -> Tensor:

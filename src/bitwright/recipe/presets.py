@@ -1,0 +1,65 @@
+"""Recipes by name: a preset carries the name of its method."""
+
+from __future__ import annotations
+
+from bitwright.errors import RecipeError
+from bitwright.recipe.parts import ActivationRecipe, KVRecipe, TransformRecipe, WeightRecipe
+from bitwright.recipe.whole import Recipe
+
+PRESETS: dict[str, Recipe] = {
+    "bwa": Recipe(name="bwa"),
+    "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
+    # Weights alone, in the order of the model, as the paper and its code by default.
+    "gptq": Recipe(
+        name="gptq",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=4,
+            levels="uniform",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        activations=None,
+        kv=None,
+    ),
+    # W4A4KV4, GPTQ on round-to-nearest grids; groups of 128 for weights and activations, both asymmetric.
+    "quarot": Recipe(
+        name="quarot",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=4,
+            levels="uniform",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        transform=TransformRecipe(rotation="quarot"),
+        activations=ActivationRecipe(balance="none", clip=0.9),
+        kv=KVRecipe(hadamard=True),
+    ),
+    # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
+    "wgm": Recipe(
+        name="wgm",
+        weights=WeightRecipe(
+            method="wgm",
+            bits=6,
+            levels="windowed",
+            feedback="none",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        activations=None,
+        kv=None,
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of that name. Raises RecipeError that lists the presets."""
+    if name not in PRESETS:
+        raise RecipeError(f"there is no preset {name!r}; the presets are {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

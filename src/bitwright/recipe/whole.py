@@ -1,0 +1,117 @@
+"""The recipe: everything that was asked for, and nothing about the model it will be applied to.
+
+A recipe is immutable, validated, and serialises to the same JSON bytes for equal content, so that it can be part of
+the fingerprint of a run and of the artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from bitwright.errors import RecipeError
+from bitwright.recipe.explain import explain, unknown_key
+from bitwright.recipe.parts import (
+    ActivationRecipe,
+    CalibrationRecipe,
+    KVRecipe,
+    OuterRecipe,
+    Part,
+    TransformRecipe,
+    WeightRecipe,
+)
+
+
+class Recipe(Part):
+    """A complete recipe. `activations = None` keeps 16-bit activations, `kv = None` a 16-bit cache."""
+
+    name: str = "bwa"
+    weights: WeightRecipe = WeightRecipe()
+    transform: TransformRecipe = TransformRecipe()
+    activations: ActivationRecipe | None = ActivationRecipe()
+    kv: KVRecipe | None = KVRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    outer: OuterRecipe = OuterRecipe()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        if self.transform.rotation != "none" and (self.weights.outliers != 0 or self.weights.order != "none"):
+            raise ValueError(
+                f"transform.rotation = '{self.transform.rotation}' leaves no channels to set aside or to sort;"
+                " write weights.outliers = 0 and weights.order = 'none'"
+            )
+        if self.transform.rotation != "none" and min(self.outer.embedding, self.outer.head) < 16:
+            raise ValueError(
+                f"transform.rotation = '{self.transform.rotation}' is not made for an embedding or head in integers;"
+                " write outer.embedding = 16 and outer.head = 16"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it. `outer` is left out where it keeps everything: artifacts without it read as ever."""
+        data = self.model_dump(mode="json")
+        if self.outer.embedding == self.outer.head == 16:
+            del data["outer"]
+        return data
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same bytes for equal recipes."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Validate `data`. Raises RecipeError that names the key, what was found and what to write instead."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise RecipeError(f"{source}: {explain(error, cls)}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a JSON file; keys that are left out keep the values of preset `bwa`."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RecipeError(f"recipe {path} is not valid JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"recipe {path} holds a {type(data).__name__}; a JSON object was expected")
+        return cls.from_dict(data, str(path))
+
+    def with_options(self, options: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced: `{"weights.outliers": 0, "kv": None}`."""
+        data = self.model_dump(mode="json")
+        for key, value in options.items():
+            *parents, leaf = key.split(".")
+            node = data
+            for depth, parent in enumerate(parents):
+                child = node.get(parent)
+                if child is None and parent in node:
+                    off = ".".join(parents[: depth + 1])
+                    cure = f"write {off}={json.dumps({leaf: value}, default=str)} to turn it on"
+                    raise RecipeError(f"recipe: {key} has no effect because {off} is off; {cure}")
+                if not isinstance(child, dict):
+                    raise RecipeError(f"recipe: {unknown_key(key, node, parent)}")
+                node = child
+            if leaf not in node:
+                raise RecipeError(f"recipe: {unknown_key(key, node, leaf)}")
+            node[leaf] = value
+        return Recipe.from_dict(data)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`weights.outliers=0` -> ("weights.outliers", 0). The value is JSON where it parses, else the bare word."""
+    key, separator, value = (part.strip() for part in text.partition("="))
+    if not separator or not key:
+        raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
+    if value in ("none", "off") and key in ("kv", "activations"):
+        return key, None
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
