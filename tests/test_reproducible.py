@@ -16,7 +16,12 @@ TARGETS = {"weights.refine": 2, "calibration.reforward": True, "calibration.asym
 
 @pytest.mark.parametrize(
     ("model", "preset", "options"),
-    [("llama_biases", "bwa", {}), ("mistral", "bwa", {}), ("mistral", "bwa", TARGETS), ("mistral", "billm", {"kv": {}})],
+    [
+        ("llama_biases", "bwa", {}),
+        ("mistral", "bwa", {}),
+        ("mistral", "bwa", TARGETS),
+        ("mistral", "billm", {"kv": {}}),
+    ],
 )
 def test_threads_and_repetition(
     model: str,

@@ -3,9 +3,9 @@
     python tests/golden/make.py
 
 A random model of one block and made-up words; `free` (preset bwa), `uniform` (rtn), `shared` (wgm) and `salient` (billm
-with the symmetric inputs of atom). KIND.json holds token ids, the logits after each, and the sha256 of each linear's dequantized fp32 weights. The ids are chosen so that no
-4-bit code stands near a rounding boundary: noise of 1e-6 on every linear leaves the logits where they are, so another
-processor's order of summation does, too.
+with the symmetric inputs of atom). KIND.json holds token ids, the logits after each, and the sha256 of each linear's
+dequantized fp32 weights. The ids are chosen so that no 4-bit code stands near a rounding boundary: noise of 1e-6 on
+every linear leaves the logits where they are, so another processor's order of summation does, too.
 """
 
 from __future__ import annotations

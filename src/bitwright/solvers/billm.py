@@ -66,8 +66,8 @@ def salient_columns(measure: Tensor) -> Tensor:
     """M fp64 [rows, width] -> bool [width]: the columns that it pays to give two signed magnitudes.
 
     Of the columns by falling sum of |M| the first r, with r the number of 1 .. 49 that makes the squared error of M the
-    least. Both parts are binarized with residual for this (`_residual_loss`), as the code has it. At least one column is
-    left out; a block of one column has no salient one.
+    least. Both parts are binarized with residual for this (`_residual_loss`), as the code has it. At least one column
+    is left out; a block of one column has no salient one.
     """
     width = measure.shape[1]
     ranks = measure.abs().sum(dim=0).argsort(descending=True, stable=True)
