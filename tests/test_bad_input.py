@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, T5Conf
 
 import bitwright
 import support
+from bitwright import codebook
 
 Arguments = list[str | Path]
 
@@ -547,7 +548,7 @@ artifact_case("layer_of_all_outliers", layer(outliers=72), LAYER, "outliers = 72
 artifact_case(
     "feature_of_another_kind", lambda c: c.update(requires=["salient", "trellis"]), "format feature 'trellis'"
 )
-artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", "shared, salient")
+artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
 artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
 artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
 artifact_case(
