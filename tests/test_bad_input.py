@@ -454,13 +454,19 @@ def recipe_case(name: str, content: str | None, *words: str) -> None:
     case(name, *words)(prepare)
 
 
-option_case("preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "atom, billm, bwa, gptq, quarot, rtn, wgm")
+option_case(
+    "preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "atom, billm, bitwright, bwa, gptq, quarot, rtn, wgm"
+)
 option_case(
     "billm_by_column", ["--preset", "billm", "--set", "weights.feedback=column"], "method 'billm'", "'block-tri'"
 )
 option_case("billm_of_other_widths", ["--preset", "billm", "--set", "weights.bits=3"], "bits = 3", "bits = 2")
 option_case("billm_refined", ["--preset", "billm", "--set", "weights.refine=1"], "refine needs free levels")
-option_case("symmetric_and_balanced", ["--set", "activations.symmetric=true"], "balance = 'none' with symmetric = true")
+option_case(
+    "symmetric_and_balanced",
+    ["--preset", "bwa", "--set", "activations.symmetric=true"],
+    "balance = 'none' with symmetric = true",
+)
 option_case("clip_of_free_levels", ["--set", "weights.clip=0.85"], "clip is for levels = 'uniform' alone")
 option_case("clip_and_search", ["--preset", "atom", "--set", "weights.range=mse"], "clip = 0.85", "write clip = 1")
 option_case("key_unknown", ["--set", "weights.outlier=0"], "no key 'weights.outlier'", "did you mean 'outliers'?")
