@@ -483,7 +483,9 @@ option_case("outliers_in_words", ["--outliers", "many"], "weights.outliers", "'m
 option_case("outliers_too_many", ["--outliers", "72"], "weights.outliers = 72", "model.layers.0.self_attn.q_proj")
 option_case("length_over_the_context", ["--length", "129"], "calibration.length = 129", "context of 128")
 option_case("method_and_levels_do_not_match", ["--set", "weights.method=rtn"], "method 'rtn'", "levels = 'uniform'")
-option_case("balance_without_planes", ["--set", "activations.bits=8"], "balance is defined for 4 planes only")
+option_case(
+    "balance_without_planes", ["--preset", "bwa", "--set", "activations.bits=8"], "balance is defined for 4 planes only"
+)
 recipe_case("recipe_missing", None, "cannot read recipe", "r.json")
 recipe_case("recipe_not_json", "weights: 2", "r.json is not valid JSON")
 recipe_case("recipe_is_a_list", "[1]", "r.json holds a list")
@@ -779,7 +781,7 @@ def files_up_to(size: int) -> Iterator[None]:
 )
 def test_disk_full(size: int, file: str | None, ground: Ground) -> None:
     """The file that could not be written is named, no output appears, and with more room the run goes on."""
-    command = ground.quantize(None, "--sequences", "6", "--length", "64")
+    command = ground.quantize(None, "--preset", "bwa", "--sequences", "6", "--length", "64")
     with files_up_to(size):
         outcome = support.run_cli(*command)
     if file:
