@@ -28,10 +28,11 @@ void bind_blocks(nb::module_& m, AllKernels (*kernels)()) {
   });
   nb::class_<Site>(m, "Site").def("__init__", [](Site* self, uintptr_t packed, int64_t rows, int64_t columns,
                                                  int64_t outliers, int64_t group, uintptr_t order, uintptr_t bias,
-                                                 float cut, int balance, int64_t hadamard, int64_t normal) {
+                                                 float cut, float share, int balance, int64_t hadamard,
+                                                 int64_t normal) {
     new (self) Site{at<const uint8_t>(packed), Geometry{rows, columns, outliers, group}, at<const int32_t>(order),
-                    at<const float>(bias),     cut,                                      balance,
-                    hadamard,                  normal};
+                    at<const float>(bias),     cut,                                      share,
+                    balance,                   hadamard,                                 normal};
   });
   nb::class_<Blocks>(m, "Blocks")
       .def("__init__", [](Blocks* self, const Norm& final) { new (self) Blocks{{}, final}; })

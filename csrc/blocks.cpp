@@ -18,7 +18,7 @@ void multiply(const AllKernels& kernels, const Site& s, const float* x, int64_t 
     order = nullptr;
   }
   if (s.balance < 0) {
-    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, Quantizer{order, s.cut, 4}, s.bias, y, threads);
+    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, Quantizer{order, s.cut, 4, s.share}, s.bias, y, threads);
   } else {
     site_planes(kernels.planes, x, tokens, s.packed, s.geometry,
                 PlaneQuantizer{order, s.cut, static_cast<Balance>(s.balance)}, s.bias, y, threads);

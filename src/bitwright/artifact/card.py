@@ -40,9 +40,9 @@ or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THI
 |---|---|---|
 | quantized linears ({{ "{:,}".format(plan.linear_weights) }} weights): codes, levels, scales, outliers, permutations \
 | {{ "%.4f"|format(plan.linear_bits) }} a weight | {{ "{:,}".format(plan.linear_bytes) }} |
-{% if plan.claimed_bits is not none -%}
-| the same by the method's own formula, which leaves out the group of each weight \
-| {{ "%.4f"|format(plan.claimed_bits) }} a weight | |
+{% if claimed is not none -%}
+| the same by the method's own formula, which leaves out {{ left_out }} \
+| {{ "%.4f"|format(claimed) }} a weight | |
 {% endif -%}
 | whole model ({{ "{:,}".format(plan.parameters) }} parameters), embeddings and head included \
 | {{ "%.4f"|format(plan.model_bits) }} a parameter | {{ "{:,}".format(plan.total_bytes) }} |
@@ -94,9 +94,14 @@ def write_card(
     names = {"calibration": f"{facts['calibration']['name']} (calibration)"}
     if facts["evaluation"]:
         names["evaluation"] = f"{facts['evaluation']['name']} (not calibrated on)"
+    left_out = "the group of each weight"
+    if recipe.weights.method == "billm":
+        left_out = "which side of the break point a weight is on, and all parameters"
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE)
     text = template.render(
         plan=plan,
+        claimed=plan.claimed_after(layers),
+        left_out=left_out,
         layers=layers,
         measured=measured,
         facts=facts,

@@ -22,7 +22,9 @@ INDEX_NAME = "model.safetensors.index.json"
 # Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
 HADAMARD = "hadamard"  # layers whose input is transformed behind its order
 OUTER = "outer"  # embedding or head in integers
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER})
+SALIENT = "salient"  # linears with a second codebook for salient channels
+SYMMETRIC_INPUTS = "symmetric_inputs"  # inputs quantized without a zero point
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER, SALIENT, SYMMETRIC_INPUTS})
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -175,9 +177,16 @@ def counted(tensor_name: str) -> bool:
     return not tensor_name.endswith((".bias", ".weight"))
 
 
-def requirements(specs: Iterable[LayerSpec]) -> list[str]:
-    """The entry `requires` for these layers."""
-    return [HADAMARD] if any(spec.hadamard for spec in specs) else []
+def requirements(specs: Iterable[LayerSpec], outer: bool = False, symmetric_inputs: bool = False) -> list[str]:
+    """The entry `requires` of an artifact with these layers."""
+    specs = list(specs)
+    features = {
+        HADAMARD: any(spec.hadamard for spec in specs),
+        OUTER: outer,
+        SALIENT: any(spec.kind == "salient" for spec in specs),
+        SYMMETRIC_INPUTS: symmetric_inputs,
+    }
+    return [feature for feature, needed in features.items() if needed]
 
 
 def check_version(config: Mapping[str, Any]) -> None:

@@ -99,6 +99,17 @@ class Plan:
         table = 16 * 2 ** (self.recipe.weights.bits - 1)
         return sum(layer.spec.weights + table for layer in self.layers) / self.linear_weights
 
+    def claimed_after(self, layers: list[dict[str, Any]]) -> float | None:
+        """As `claimed_bits`, from the log of a finished run.
+
+        BiLLM counts one bit for the sign, two in salient columns; how many there are is found on the way.
+        """
+        if self.recipe.weights.method != "billm":
+            return self.claimed_bits
+        signs = sum(entry["shape"][0] * (entry["shape"][1] + entry["salient"]) for entry in layers)
+        outliers = sum(7 * entry["shape"][0] * entry["outliers"] for entry in layers)
+        return (signs + outliers) / self.linear_weights
+
     @property
     def tensor_bytes(self) -> int:
         """All tensors of the artifact, embeddings and head included."""

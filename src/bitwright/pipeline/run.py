@@ -16,7 +16,7 @@ from torch import Tensor
 
 import bitwright
 from bitwright.artifact.card import write_card
-from bitwright.artifact.layout import FORMAT_VERSION, OUTER, QUANT_METHOD, requirements
+from bitwright.artifact.layout import FORMAT_VERSION, QUANT_METHOD, requirements
 from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
 from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
@@ -372,7 +372,11 @@ class _Run:
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "requires": requirements(layer.spec for layer in self.plan.layers) + ([OUTER] if self.plan.outer else []),
+            "requires": requirements(
+                (layer.spec for layer in self.plan.layers),
+                outer=bool(self.plan.outer),
+                symmetric_inputs=self.recipe.activations is not None and self.recipe.activations.symmetric,
+            ),
             "recipe": self.recipe.to_dict(),
             "layers": {layer.name: layer.spec.to_dict() for layer in self.plan.layers},
         }

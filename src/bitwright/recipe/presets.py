@@ -51,6 +51,27 @@ PRESETS: dict[str, Recipe] = {
         activations=ActivationRecipe(balance="none", clip=0.9),
         kv=KVRecipe(hadamard=True),
     ),
+    # Weights alone, in the order of the model, as the paper; blocks of 128 columns.
+    "billm": Recipe(
+        name="billm",
+        weights=WeightRecipe(method="billm", levels="split", order="none", outliers=0),
+        activations=None,
+        kv=None,
+    ),
+    # W4A4KV4 on symmetric grids with the clips of its code, groups of 128, int8 outliers behind the sorted channels.
+    "atom": Recipe(
+        name="atom",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=4,
+            levels="uniform",
+            symmetric=True,
+            clip=0.85,
+            feedback="column",
+            importance="none",
+        ),
+        activations=ActivationRecipe(balance="none", clip=0.9, symmetric=True),
+    ),
     # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
     "wgm": Recipe(
         name="wgm",

@@ -52,10 +52,14 @@ class Recipe(Part):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. `outer` is left out where it keeps everything: artifacts without it read as ever."""
+        """As JSON has it. What came later is left out where it changes nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")
         if self.outer.embedding == self.outer.head == 16:
             del data["outer"]
+        if self.weights.clip == 1.0:
+            del data["weights"]["clip"]
+        if self.activations is not None and not self.activations.symmetric:
+            del data["activations"]["symmetric"]
         return data
 
     def to_json(self) -> str:

@@ -263,7 +263,7 @@ class Comparison:
             counts = sorted({layer.spec.outliers for layer in made.layers})
             return row | {
                 "linear_bits": made.linear_bits,
-                "claimed_bits": made.claimed_bits,
+                "claimed_bits": made.claimed_after(row["layers"]),
                 "model_bits": made.model_bits,
                 "bytes": made.total_bytes,
                 "outliers": [counts[0], counts[-1]],

@@ -120,14 +120,10 @@ class QuantizedLinear(nn.Module):
             bits=self.spec.bits,
             group=self.spec.group,
             kind=self.spec.kind,
-            planes=parts["codes"],
-            scales=parts.get("scales"),
-            levels=parts.get("levels"),
-            zeros=parts.get("zeros"),
-            table=parts.get("table"),
-            outliers=parts.get("outliers"),
-            outlier_scales=parts.get("outlier_scales"),
+            planes=parts.pop("codes"),
+            scales=parts.pop("scales", None),
             permutation=self.order,
+            **parts,
         )
 
     @property
@@ -154,6 +150,7 @@ class QuantizedLinear(nn.Module):
         fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
         fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
+        fits = fits and self.spec.kind != "salient"  # two codebooks a group: the tiles hold one
         return fits and self.weight.device.type == "cpu" and native() is not None
 
     def pack(self, out: Tensor | None = None) -> None:
@@ -210,11 +207,11 @@ class QuantizedLinear(nn.Module):
             assert inputs is not None
             order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
             bias = None if self.bias is None else self.bias.to(torch.float32)
-            rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
+            rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip, inputs.symmetric)
             op: Callable[..., Tensor] = ops.site_linear
             eager: Callable[..., Tensor] = ops.site_linear_eager
             if self.counts_planes:
-                rest = (*rest, inputs.balance)
+                rest = (spec.outliers, spec.group, inputs.clip, inputs.balance)
                 op, eager = plane_ops.site_planes, plane_ops.site_planes_eager
             self._kernel = Kernel(op, eager, order, bias, rest, spec.transform)
         return self._kernel

@@ -65,8 +65,8 @@ def require_float32(**tensors: Tensor) -> None:
 
 
 @_op(
-    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip)"
-    " -> Tensor"
+    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
+    " bool symmetric=False) -> Tensor"
 )
 @_op(
     "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
@@ -77,11 +77,11 @@ def _rows_of_site(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor 
 
 
 @_op(
-    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip)"
+    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, bool symmetric=False)"
     " -> (Tensor codes, Tensor step, Tensor rest, Tensor outlier_codes, Tensor outlier_step)"
 )
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float
+    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *batch, columns = x.shape
     groups = group_count(columns - outliers, group)
