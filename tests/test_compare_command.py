@@ -63,7 +63,7 @@ def test_figures_are_those_of_plan_quantize_and_eval(
 ) -> None:
     rows = {row["label"]: row for row in results_of(comparison)["methods"]}
     assert list(rows) == ["original", "rtn", "bwa weights.feedback=column weights.levels=dp", "wgm"]
-    options = ["--set", "weights.feedback=column", "--set", "weights.levels=dp"]
+    options = ["--preset", "bwa", "--set", "weights.feedback=column", "--set", "weights.levels=dp"]
     small = ["--set", "calibration.sequences=3", "--set", "calibration.length=48"]
     quantized = tmp_path / "by-hand"
     support.run_cli("quantize", models["llama"], quantized, "--calib", calibration_file, *options, *small)
