@@ -9,10 +9,10 @@ namespace bitwright {
 void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
   m.def("kv_append", [kernels](uintptr_t states, int64_t head_stride, int64_t token_stride, int64_t tokens,
                                int64_t position, uintptr_t records, int64_t heads, int64_t capacity, int64_t head_dim,
-                               int bits, int threads) {
+                               int bits, float cut, int threads) {
     nb::gil_scoped_release free;
     kv_append(kernels(), at<const float>(states), head_stride, token_stride, tokens, position,
-              Records{heads, capacity, head_dim, bits}, at<uint8_t>(records), threads);
+              Records{heads, capacity, head_dim, bits}, cut, at<uint8_t>(records), threads);
   });
   m.def("kv_attention", [kernels](uintptr_t queries, int64_t head_stride, int64_t token_stride, uintptr_t keys,
                                   uintptr_t values, int64_t heads, int64_t capacity, int64_t head_dim, int bits,

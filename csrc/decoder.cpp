@@ -38,14 +38,14 @@ void combine(const float* sums, const float* top, const float* total, int64_t pa
 }  // namespace
 
 void kv_append(const DecoderKernels& kernels, const float* states, int64_t head_stride, int64_t token_stride,
-               int64_t tokens, int64_t position, const Records& r, uint8_t* records, int threads) {
+               int64_t tokens, int64_t position, const Records& r, float cut, uint8_t* records, int threads) {
   const int64_t items = r.heads * tokens;
   const int count = threads_for(threads, items, items * r.head_dim);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t part = 0; part < count; ++part) {
     for (int64_t i = items * part / count, end = items * (part + 1) / count; i < end;) {
       const int64_t head = i / tokens, token = i % tokens, size = smaller(tokens - token, end - i);
-      kernels.append(states + head * head_stride + token * token_stride, token_stride, size, r,
+      kernels.append(states + head * head_stride + token * token_stride, token_stride, size, r, cut,
                      records + (head * r.capacity + position + token) * r.bytes());
       i += size;
     }

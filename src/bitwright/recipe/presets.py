@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitwright.errors import RecipeError
-from bitwright.recipe.parts import ActivationRecipe, KVRecipe, TransformRecipe, WeightRecipe
+from bitwright.recipe.parts import ActivationRecipe, KVRecipe, SearchRecipe, TransformRecipe, WeightRecipe
 from bitwright.recipe.whole import Recipe
 
 PRESETS: dict[str, Recipe] = {
@@ -39,6 +39,24 @@ PRESETS: dict[str, Recipe] = {
         transform=TransformRecipe(rotation="quarot"),
         activations=ActivationRecipe(balance="none", clip=0.9),
         kv=KVRecipe(hadamard=True),
+    ),
+    # W3A3KV3: as quarot, with grids that err least, sizes expanded where they must be, and clip ratios searched.
+    "gbs": Recipe(
+        name="gbs",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=3,
+            levels="uniform",
+            range="mse",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        transform=TransformRecipe(rotation="quarot", expansion="hadamard"),
+        activations=ActivationRecipe(bits=3, balance="none"),
+        kv=KVRecipe(bits=3, hadamard=True),
+        search=SearchRecipe(method="gbs"),
     ),
     # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
     "wgm": Recipe(

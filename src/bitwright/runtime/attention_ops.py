@@ -16,8 +16,8 @@ from bitwright.runtime.schemas import kernel
 
 
 def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8; found {bits}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8; found {bits}")
     expected = record_bytes(head_dim, bits)
     if records.dtype != torch.uint8 or records.dim() != 3 or records.shape[2] != expected:
         raise ValueError(
@@ -34,7 +34,7 @@ def _check_states(name: str, states: Tensor) -> None:
 
 
 @kernel("kv_append")
-def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int, clip: float = 1.0) -> None:
     """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
 
     The bytes are those of kv_cache.encode. `states` may be a transposed view, as long as head_dim is contiguous.
@@ -47,9 +47,11 @@ def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -
             f"states of {heads} heads and {tokens} tokens do not fit at position {position} of"
             f" {records.shape[0]} heads and a capacity of {records.shape[1]}"
         )
+    if not 0.0 < clip <= 1.0:
+        raise ValueError(f"clip must be above 0 and at most 1; found {clip}")
     module = native()
     if module is None:
-        records[:, position : position + tokens] = encode(states, bits)
+        records[:, position : position + tokens] = encode(states, bits, clip)
         return
     if states.stride(2) != 1:
         states = states.contiguous()
@@ -64,6 +66,7 @@ def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -
         records.shape[1],
         head_dim,
         bits,
+        (1.0 - clip) / 2.0,
         torch.get_num_threads(),
     )
 

@@ -104,8 +104,8 @@ class _Block:
         if cache.hadamard:
             q, k = cache.turned(q), cache.turned(k)
         keys, values, position = cache.reserve(k.shape[1], tokens, self.head_dim)
-        kv_append_eager(keys, k.transpose(0, 1), position, cache.bits)
-        kv_append_eager(values, v.transpose(0, 1), position, cache.bits)
+        kv_append_eager(keys, k.transpose(0, 1), position, cache.bits, cache.clip)
+        kv_append_eager(values, v.transpose(0, 1), position, cache.bits, cache.clip)
         length = position + tokens
         mixed = kv_attention_eager(q.transpose(0, 1), keys, values, length, self.scale, self.window, cache.bits)
         (attended,) = self.attn_out(mixed.flatten(1))

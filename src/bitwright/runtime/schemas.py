@@ -108,7 +108,7 @@ def _dense_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
+@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits, float clip=1.0) -> ()")
 def _nothing(*_: Any) -> None:
     return None
 
