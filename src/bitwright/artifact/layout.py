@@ -209,11 +209,8 @@ def counted(tensor_name: str) -> bool:
 
 
 def requirements(specs: Iterable[LayerSpec]) -> list[str]:
-    """The entry `requires` for these layers."""
-    found = set()
-    for spec in specs:
-        found |= ({HADAMARD} if spec.hadamard else set()) | ({CLIP} if spec.clip is not None else set())
-    return sorted(found, reverse=True)
+    """The entry `requires` for these layers, clip ratios excepted: a search finds them when all else is done."""
+    return [HADAMARD] if any(spec.hadamard for spec in specs) else []
 
 
 def check_version(config: Mapping[str, Any]) -> None:
