@@ -30,7 +30,7 @@ from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.search import PackedBlocks, Ratios
 from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows, with_ratios
-from bitwright.pipeline.source import Source
+from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
 from bitwright.recipe import Recipe
@@ -139,8 +139,8 @@ class _Run:
     ) -> None:
         self.recipe, self.calibration, self.evaluation = recipe, calibration, evaluation
         self.restart, self.reporter, self.threads = restart, reporter, threads
-        self.checkpoint = Checkpoint(model)
-        self.skeleton = Skeleton(self.checkpoint)
+        self.skeleton = expand_for(Skeleton(Checkpoint(model)), recipe)
+        self.checkpoint = self.skeleton.checkpoint
         self.source = Source(self.skeleton, recipe)
         self.plan = plan_for(self.skeleton, recipe, 0, threads)
         self.output = Path(output).absolute()
