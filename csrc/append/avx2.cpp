@@ -76,7 +76,8 @@ void append_avx2(const float* states, int64_t stride, int64_t tokens, const Reco
         for (int64_t half = 0; half < 2; ++half) {
           const uint64_t packed = close_ranks(memory + half * 8, r.bits);
           const int64_t at = (i / 8 + half) * r.bits;
-          if (at < code_bytes) std::memcpy(records + at, &packed, static_cast<size_t>(smaller<int64_t>(r.bits, code_bytes - at)));
+          const int64_t size = smaller<int64_t>(r.bits, code_bytes - at);
+          if (size > 0) std::memcpy(records + at, &packed, static_cast<size_t>(size));
         }
         continue;
       }

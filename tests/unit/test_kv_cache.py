@@ -76,9 +76,7 @@ def test_a_clip_ratio_trades_the_ends_for_the_middle() -> None:
 
 def test_layers_have_clip_ratios_of_their_own() -> None:
     keys = gaussian(1, 2, 5, 9)
-    one, other = (
-        QuantizedKVCache(2, KVRecipe(bits=3, clip=0.9), clips) for clips in (None, [0.5, 1.0])
-    )
+    one, other = (QuantizedKVCache(2, KVRecipe(bits=3, clip=0.9), clips) for clips in (None, [0.5, 1.0]))
     for cache, ratios in ((one, (0.9, 0.9)), (other, (0.5, 1.0))):
         for layer, ratio in enumerate(ratios):
             found, _ = cache.update(keys, keys, layer)

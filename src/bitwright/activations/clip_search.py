@@ -79,8 +79,8 @@ def golden_section(objective: Objective, iterations: int) -> Found:
     low, high = 0.0, 1.0
     tried(1.0)
     left, right = 1.0 - share, share
-    at_right = tried(right)
-    at_left = None
+    at_left: float | None = None
+    at_right: float | None = tried(right)
     for _ in range(iterations):
         if high - low <= TOLERANCE:
             break

@@ -87,7 +87,10 @@ Relative output error on the calibration inputs (quantized activations in, weigh
 {%- if search %}
 ## Clip ratios
 
-Searched by `{{ plan.recipe.search.method }}` for the least {{ plan.recipe.search.objective }}{{ " loss" if plan.recipe.search.objective == "perplexity" }} on the first {{ "%g"|format(plan.recipe.search.share * 100) }} % of the calibration text, in this order.
+{% set asked = plan.recipe.search -%}
+Searched by `{{ asked.method }}`, in this order, for the least \
+{{ "loss" if asked.objective == "perplexity" else "squared error of the output" }} on the first \
+{{ "%g"|format(asked.share * 100) }} % of the calibration text.
 
 | inputs or cache | ratio | value | evaluations |
 |---|---|---|---|

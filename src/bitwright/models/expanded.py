@@ -29,7 +29,9 @@ class ExpandedCheckpoint(Checkpoint):
             try:
                 shape = expanded_shape(info.shape, roles.get(name, Role()), by)
             except ValueError as problem:
-                raise ModelError(f"tensor {name} in {self.directory / info.file} cannot be expanded: {problem}") from None
+                raise ModelError(
+                    f"tensor {name} in {self.directory / info.file} cannot be expanded: {problem}"
+                ) from None
             size = math.prod(shape) * READABLE_DTYPES.get(info.dtype, 0)
             self.tensors[name] = replace(info, shape=shape, bytes=size)
 

@@ -17,6 +17,7 @@ from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.pipeline.outer import kept_outer_names, plan_outer
 from bitwright.pipeline.source import Source, expand_for
+from bitwright.pipeline.targets import search_notes
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.transforms.hadamard import constructible, largest_block, next_size
 from bitwright.workers import default_threads
@@ -220,7 +221,7 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
         work_disk=_work_disk(skeleton, shards, sequences, length),
         ignored=tuple(skeleton.ignored),
-        notes=tuple(source.notes()),
+        notes=(*source.notes(), *search_notes(skeleton, recipe)),
         unties=source.unties,
         outer=outer,
     )
@@ -300,6 +301,8 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
         forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
         worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
+    if recipe.search.method != "none":
+        worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,6 +28,8 @@ from bitwright.pipeline.block import propagate, solve_sites
 from bitwright.pipeline.job import SHARES, BlockJob
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
+from bitwright.pipeline.reporter import Reporter as Reporter
+from bitwright.pipeline.reporter import Silent as Silent
 from bitwright.pipeline.search import PackedBlocks, Ratios
 from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows, with_ratios
 from bitwright.pipeline.source import Source, expand_for
@@ -48,30 +50,6 @@ CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
-
-
-class Reporter(Protocol):
-    """Who is told how far a run has come."""
-
-    def begin(self, plan: Plan, completed: int) -> None: ...
-    def advance(self, fraction: float) -> None:
-        """`fraction` of one block's work is done; the fractions of a block add up to one."""
-
-    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
-    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
-        """The search for clip ratios: so far `done` of `total` targets; `found` is the entry of one that is done."""
-
-    def note(self, message: str) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def begin(self, plan: Plan, completed: int) -> None: ...
-    def advance(self, fraction: float) -> None: ...
-    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
-    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None: ...
-    def note(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -383,9 +361,7 @@ class _Run:
             for part, indices in parts.items()
         }
 
-    def _finish(
-        self, state: RunState, facts: dict[str, Any], measured: dict[str, Any], ratios: Ratios
-    ) -> None:
+    def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any], ratios: Ratios) -> None:
         """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
         directory = self.directory.artifact
         for pattern in CARRIED:

@@ -1,9 +1,9 @@
 """Clip ratios found on the solved model: a site's inputs and a layer's cache one after the other (GBS, section 4.2).
 
-All weights are quantized by now, on inputs of full precision, and nothing else is. Block by block, and in a block in the
-order of use, each *target* is quantized for the first time and its ratio searched, those before it being as found and
-those after it still in 16 bits. What is asked of a ratio is the recipe's `search.objective`: the perplexity of the whole
-model on the beginning of the calibration text, or the error of what the target makes.
+All weights are quantized by now, on inputs of full precision, and nothing else is. Block by block, and in a block in
+the order of use, each *target* is quantized for the first time and its ratio searched, those before it being as found
+and those after it still in 16 bits. What is asked of a ratio is the recipe's `search.objective`: the perplexity of the
+whole model on the beginning of the calibration text, or the error of what the target makes.
 
 Blocks are read back from their shards one at a time, so that memory stays that of a block; hidden states lie in files,
 and those before the block at work are kept, so that an evaluation costs the blocks from there on and no more.
@@ -31,24 +31,13 @@ from bitwright.models import SiteInfo, Skeleton
 from bitwright.models.passes import head, run_block
 from bitwright.pipeline.job import view_of
 from bitwright.pipeline.plan import Plan
+from bitwright.pipeline.targets import CACHE, targets
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, dense_weights, to_site
 from bitwright.runtime.linear import with_clip
 from bitwright.workers import Workers
 
-CACHE = "cache"
 ALL = "all"
 Ratios = dict[str, float]  # by target; what has no ratio is not quantized
-
-
-def targets(skeleton: Skeleton, plan: Plan) -> list[list[str]]:
-    """Names of what has a ratio, block by block in the order of the search: `BLOCK.SITE`, and behind a block's first
-    site `BLOCK.cache` for its keys and values (GBS: q, k, v, the keys, o, gate, up, down)."""
-    found = []
-    for index in range(len(skeleton.blocks)):
-        name = skeleton.block_name(index)
-        sites = [f"{name}.{site.name}" for site in skeleton.sites(index)] if plan.recipe.activations else []
-        found.append([*sites[:1], *([f"{name}.{CACHE}"] if plan.recipe.kv else []), *sites[1:]])
-    return found
 
 
 @dataclass
@@ -140,7 +129,7 @@ class ClipSearch:
     def __post_init__(self) -> None:
         self.recipe = self.blocks.plan.recipe.search
         self.skeleton = self.blocks.skeleton
-        self.shape = (*self.windows.shape, self.skeleton.width)
+        self.shape = (len(self.windows), self.windows.shape[1], self.skeleton.width)
         self.ratios = ratios_of(self.done)
 
     def carry_out(self) -> Ratios:
@@ -150,10 +139,10 @@ class ClipSearch:
         known = {entry["target"] for entry in self.done}
         if self.recipe.method == "global":
             if ALL not in known:
-                every = [name for names in targets(self.skeleton, self.blocks.plan) for name in names]
+                every = [name for names in targets(self.skeleton, self.blocks.plan.recipe) for name in names]
                 self.look(ALL, lambda ratio: self.loss(0, dict.fromkeys(every, ratio), entering))
         else:
-            for index, names in enumerate(targets(self.skeleton, self.blocks.plan)):
+            for index, names in enumerate(targets(self.skeleton, self.blocks.plan.recipe)):
                 for name in names:
                     if name not in known:
                         self.look(name, self.objective(index, name, entering))
@@ -162,7 +151,7 @@ class ClipSearch:
                 entering, spare = spare, entering
         for name in ("a", "b", "x", "y"):
             self.path(name).unlink(missing_ok=True)
-        return spelled_out(self.ratios, targets(self.skeleton, self.blocks.plan))
+        return spelled_out(self.ratios, targets(self.skeleton, self.blocks.plan.recipe))
 
     def look(self, name: str, objective: Callable[[float], float]) -> None:
         """Search the ratio of one target and write it down."""
@@ -215,7 +204,7 @@ class ClipSearch:
         block = self.blocks.block(index, self.ratios)
         leader = _packed(block, site.leader.name)
         spec, order = leader.spec, leader.order
-        shape = (*self.windows.shape, spec.columns)
+        shape = (len(self.windows), self.windows.shape[1], spec.columns)
 
         def catch(number: int) -> None:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -273,13 +262,11 @@ class ClipSearch:
 class _Streams:
     """Streams of one shape, the first to be read, a second to be written; made where they are missing."""
 
-    def __init__(self, paths: list[Path], shape: tuple[int, ...]) -> None:
+    def __init__(self, paths: list[Path], shape: tuple[int, int, int]) -> None:
         self.paths, self.shape = paths, shape
 
     def __enter__(self) -> list[Stream]:
-        windows, length, width = self.shape
-        shape = (windows, length, width)
-        size = windows * length * width * 4  # a file of another size is that of another search
+        shape, size = self.shape, math.prod(self.shape) * 4  # a file of another size is that of another search
         fits = [path.exists() and path.stat().st_size == size for path in self.paths]
         return [
             Stream(path, shape, "r+") if fit else Stream.create(path, shape)

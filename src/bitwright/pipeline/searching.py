@@ -1,8 +1,8 @@
 """The search for clip ratios as a stage of a run: behind the last block, before what the run measures of itself.
 
 Where a recipe asks for a search, weights are solved as if activations and cache were never quantized (as GBS's and
-QuaRot's code does: ratios that are not known yet cannot be in the statistics). What was found is written down after each
-target, so that a run that is broken off goes on with the next one.
+QuaRot's code does: ratios that are not known yet cannot be in the statistics). What was found is written down after
+each target, so that a run that is broken off goes on with the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from bitwright.calibration import Stream, Text, consecutive_windows
 from bitwright.models import Skeleton
 from bitwright.models.passes import embed
 from bitwright.pipeline.plan import Plan
-from bitwright.pipeline.search import CACHE, ClipSearch, PackedBlocks, Ratios, targets
+from bitwright.pipeline.search import ClipSearch, PackedBlocks, Ratios
+from bitwright.pipeline.targets import CACHE, targets
 from bitwright.recipe import Recipe, SearchRecipe
 
 # The quantized stream with all ratios in their places.
@@ -64,8 +65,8 @@ class SearchStage:
 
     def __post_init__(self) -> None:
         self.recipe = self.blocks.plan.recipe.search
-        names = sum(targets(self.blocks.skeleton, self.blocks.plan), [])
-        self.total = 1 if self.recipe.method == "global" else len(names)
+        every = targets(self.blocks.skeleton, self.blocks.plan.recipe)
+        self.total = 1 if self.recipe.method == "global" else sum(len(names) for names in every)
 
     def ratios(self) -> Ratios:
         """Of every target, from what was found before, and what is found now."""
@@ -96,7 +97,7 @@ class SearchStage:
 
     def apply(self, ratios: Ratios, windows: Tensor, path: Path) -> None:
         """All windows of the run through the model with all ratios, into the stream file `path`."""
-        shape = (*windows.shape, self.blocks.skeleton.width)
+        shape = (len(windows), windows.shape[1], self.blocks.skeleton.width)
         first, second = (path.with_name(f"search-final-{name}.f32") for name in ("a", "b"))
         embed_windows(self.blocks.skeleton, self.outer("before"), windows, first)
         depth = len(self.blocks.skeleton.blocks)
@@ -112,7 +113,7 @@ class SearchStage:
 
 def embed_windows(skeleton: Skeleton, values: dict[str, Tensor], windows: Tensor, path: Path) -> None:
     """The hidden states of `windows` before block 0 into a stream file; `values` as models.passes.embed has them."""
-    target = Stream.create(path, (*windows.shape, skeleton.width))
+    target = Stream.create(path, (len(windows), windows.shape[1], skeleton.width))
     # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
     for index in range(len(windows)):
         hidden, _ = embed(skeleton, values, windows[index : index + 1])[0]
@@ -131,15 +132,3 @@ def with_ratios(skeleton: Skeleton, plan: Plan, ratios: Ratios) -> dict[str, Any
         names = [skeleton.block_name(index) for index in range(len(skeleton.blocks))]
         found["cache"] = {"clips": [ratios[f"{name}.{CACHE}"] for name in names]}
     return found
-
-
-def search_note(skeleton: Skeleton, plan: Plan) -> str:
-    """What a search will cost, for the plan."""
-    asked = plan.recipe.search
-    count = 1 if asked.method == "global" else len(sum(targets(skeleton, plan), []))
-    most = evaluations(asked.method, asked.iterations)
-    return (
-        f"clip ratios: {count} searches of up to {most} evaluations of the {asked.objective} on the first"
-        f" {asked.share * 100:g} % of the calibration text, each token of which takes {16 * skeleton.width:,} bytes of"
-        " disk meanwhile"
-    )

@@ -21,6 +21,7 @@ from bitwright.recipe import Recipe
 from bitwright.transforms.hadamard import constructible, largest_block
 from bitwright.transforms.rotation import Rotation
 
+
 def expand_for(skeleton: Skeleton, recipe: Recipe) -> Skeleton:
     """The model with as many channels as the recipe asks for. Raises ModelError as models.expanded does."""
     kind = recipe.transform.expansion

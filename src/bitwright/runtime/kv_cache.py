@@ -8,8 +8,9 @@ Keys may be cached times a Hadamard matrix, which spreads what a few channels ho
 attention is the same where the queries are turned, too, or the keys back).
 
 A token's record for one head is bytes: the codes one behind the other, least significant bit first, without gaps (at 4
-bits two to a byte, channel 2 j in the low nibble), then scale and minimum as fp16. Because a record is one row of a uint8 tensor, everything that transformers does to a dynamic cache
-(crop, beam reordering, batch selection, offloading) works on it unchanged.
+bits two to a byte, channel 2 j in the low nibble), then scale and minimum as fp16. Because a record is one row of a
+uint8 tensor, everything that transformers does to a dynamic cache (crop, beam reordering, batch selection, offloading)
+works on it unchanged.
 """
 
 from __future__ import annotations
