@@ -141,8 +141,8 @@ def test_the_run_measures_what_evaluation_measures(
         ("qwen2", "gbs", OUTPUT | {"transform.expansion": "power", "search.method": "grid"}),
         # With outliers and an order, on the kernels; one of the two quantizers alone.
         ("llama", "bwa", {key: value for key, value in OUTPUT.items() if key.startswith("search")}),
-        ("qwen2", "bwa", OUTPUT | {"weights.range": "minmax", "activations": None}),
-        ("mistral", "rtn", OUTPUT | {"kv": None, "activations.balance": "none"}),
+        ("qwen2", "bwa", OUTPUT | {"activations": None, "kv.bits": 2}),
+        ("mistral", "rtn", OUTPUT | {"kv": None, "activations.balance": "none", "activations.bits": 3}),
     ],
 )
 def test_packed_and_simulated_agree(
