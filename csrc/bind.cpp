@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "address.h"
+#include "bind_blocks.h"
 #include "bind_decoder.h"
 #include "bind_grouping.h"
 #include "head/kernels.h"
@@ -121,6 +122,7 @@ NB_MODULE(_native, m) {
   });
   bind_decoder(m, [] { return variant().decoder; });
   bind_grouping(m);
+  bind_blocks(m, [] { return AllKernels{kernels(), planes(), variant().decoder}; });
   m.def("chosen_planes", [] { return std::string(planes().name); });
   m.def("pack_planes", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
                           uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns,

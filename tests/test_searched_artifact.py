@@ -162,9 +162,20 @@ def test_packed_and_simulated_agree(
         assert support.relative_difference(support.logits_of(simulated, ids, recipe), ours) > 1e-2
 
 
-def test_lean_and_transformers_forward_agree(artifact: Artifact) -> None:
+@pytest.mark.parametrize(
+    ("model_name", "preset", "options"),
+    [
+        ("qwen3", "gbs", OUTPUT | {"weights.bits": 2, "activations.bits": 4}),
+        # All blocks of a step in one native call.
+        ("llama", "bwa", {key: OUTPUT[key] for key in OUTPUT if key.startswith("search")} | {"kv.bits": 3}),
+    ],
+)
+def test_lean_and_transformers_forward_agree(
+    model_name: str, preset: str, options: dict[str, Any], artifact: Artifact
+) -> None:
     """On the kernels: four-bit inputs of two-bit weights, each site with a ratio of its own, caches of three bits."""
-    made = artifact("qwen3", "gbs", OUTPUT | {"weights.bits": 2, "activations.bits": 4})
+    made = artifact(model_name, preset, options)
+    assert set(config_of(made)["cache"]["clips"]) != {1.0}
     model = bitwright.load(made)
     if any(linear.packed is None for _, linear in quantized_linears(model)):
         pytest.skip("built without native kernels")
