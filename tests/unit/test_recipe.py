@@ -103,6 +103,15 @@ def test_presets() -> None:
     assert (quarot.transform.rotation, quarot.kv) == ("quarot", KVRecipe(bits=4, hadamard=True))
     assert quarot.activations == ActivationRecipe(balance="none", clip=0.9)
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
+    gbs = preset("gbs")
+    assert (gbs.weights.bits, gbs.weights.range, gbs.transform.expansion) == (3, "mse", "hadamard")
+    assert (gbs.activations, gbs.kv) == (ActivationRecipe(bits=3, balance="none"), KVRecipe(bits=3, hadamard=True))
+    assert (gbs.search.method, gbs.search.objective, gbs.search.iterations, gbs.search.share) == (
+        "gbs",
+        "perplexity",
+        10,
+        0.1,
+    )
     gptq = preset("gptq")
     assert (gptq.weights.bits, gptq.weights.feedback, gptq.weights.kind) == (4, "column", "uniform")
     assert gptq.with_options({"weights.symmetric": True}).weights.kind == "symmetric"
