@@ -119,10 +119,9 @@ class Source:
         if isinstance(self.checkpoint, ExpandedCheckpoint):
             by = self.checkpoint.by
             more = sum(i.elements - self.checkpoint.elements(name) for name, i in self.checkpoint.tensors.items())
-            notes.append(
-                f"zeros expand the width from {by.width} to {by.wide} and the intermediate size from {by.inner} to"
-                f" {by.wider}: {more:,} weights more, which are stored and counted as bits of the others"
-            )
+            sizes = (("width", by.width, by.wide), ("intermediate size", by.inner, by.wider))
+            grown = " and ".join(f"the {what} from {old} to {new}" for what, old, new in sizes if old != new)
+            notes.append(f"zeros expand {grown}: {more:,} weights more, stored and counted as bits of the others")
         if self.unties:
             dtype, shape = self.outer_shapes()[self._head]
             notes.append(
