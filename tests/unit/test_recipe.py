@@ -120,7 +120,7 @@ def test_presets() -> None:
     for name, recipe in PRESETS.items():
         assert recipe.name == name
         assert Recipe.from_dict(recipe.to_dict()) == recipe
-    with pytest.raises(RecipeError, match=r"no preset 'awq'; the presets are bwa, .*rtn, wgm"):
+    with pytest.raises(RecipeError, match=r"no preset 'awq'; the presets are bitwright, bwa, .*rtn, wgm"):
         preset("awq")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bitwright.recipe import Recipe, parse_option, preset
+from bitwright.recipe import DEFAULT, Recipe, parse_option, preset
 
 
 def _console(stderr: bool) -> Console:
@@ -32,9 +32,9 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def recipe_from(preset_name: str, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset, then --set, then the named shortcuts."""
-    recipe = Recipe.from_file(file) if file else preset(preset_name)
+def recipe_from(preset_name: str | None, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --set, then the shortcuts."""
+    recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
     return recipe.with_options(changes) if changes else recipe
