@@ -60,7 +60,7 @@ void run_blocks(const AllKernels& kernels, const DecoderBlock* blocks, int64_t f
     norm_heads(b.key, made + b.key_at, tokens, columns, b.key_heads, dim, threads);
     const Projections projections{made, tokens, columns, b.query_heads, b.key_at, b.value_at, cos, sin};
     attention_step(kernels.decoder, projections, Records{b.key_heads, cache.capacity, dim, bits}, cache.keys,
-                   cache.values, position, b.window, b.scale, inner, threads);
+                   cache.values, position, cache.cut, b.window, b.scale, inner, threads);
     multiply(kernels, b.attn_out, inner, tokens, turned, out, threads);
     rms_norm(x, out, b.mlp.weight, b.mlp.eps, x, normed, tokens, hidden, threads);
 

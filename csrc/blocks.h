@@ -35,6 +35,7 @@ struct DecoderBlock {
 struct BlockCache {
   uint8_t *keys, *values;
   int64_t capacity;
+  float cut;
 };
 
 // All kernels of a variant.

@@ -95,7 +95,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
     *[(model, "quarot", {"weights.group": 32}) for model in (*MODELS, "qwen3")],
     # Two bits: on the kernels.
-    ("llama", "quarot", {"weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
+    ("llama", "quarot", {"weights.method": "bwa", "weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
     ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
     ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
     ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),

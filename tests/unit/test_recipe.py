@@ -114,6 +114,15 @@ def test_presets() -> None:
     assert (quarot.transform.rotation, quarot.kv) == ("quarot", KVRecipe(bits=4, hadamard=True))
     assert quarot.activations == ActivationRecipe(balance="none", clip=0.9)
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
+    gbs = preset("gbs")
+    assert (gbs.weights.bits, gbs.weights.range, gbs.transform.expansion) == (3, "mse", "hadamard")
+    assert (gbs.activations, gbs.kv) == (ActivationRecipe(bits=3, balance="none"), KVRecipe(bits=3, hadamard=True))
+    assert (gbs.search.method, gbs.search.objective, gbs.search.iterations, gbs.search.share) == (
+        "gbs",
+        "perplexity",
+        10,
+        0.1,
+    )
     gptq = preset("gptq")
     assert (gptq.weights.bits, gptq.weights.feedback, gptq.weights.kind) == (4, "column", "uniform")
     assert gptq.with_options({"weights.symmetric": True}).weights.kind == "symmetric"
@@ -211,9 +220,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": None}, "weights = None", "an object with the keys method, bits, group"),
     ({"kv": 4}, "kv = 4", "an object with the keys bits"),
     ({"activations": {"bits": 8}}, "activations: balance", "write balance = 'none' with bits = 8"),
-    ({"activations": {"bits": 2}}, "activations.bits = 2", "4 or 8"),
+    ({"activations": {"bits": 5}}, "activations.bits = 5", "2, 3, 4 or 8"),
     ({"activations": {"clip": 0}}, "activations.clip = 0", "greater than 0"),
-    ({"kv": {"bits": 3}}, "kv.bits = 3", "4 or 8"),
+    ({"kv": {"bits": 1}}, "kv.bits = 1", "greater than or equal to 2"),
     ({"calibration": {"length": 4}}, "length = 4 is too short", "write 8 or more"),
     ({"calibration": {"length": "x"}}, "calibration.length = 'x'", "'auto' or"),
     ({"calibration": {"sequences": 0}}, "calibration.sequences = 0", "greater than or equal to 1"),

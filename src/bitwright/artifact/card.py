@@ -83,11 +83,30 @@ Relative output error on the calibration inputs (quantized activations in, weigh
 {% for entry in layers -%}
 | {{ entry.linear }} | {{ entry.shape[0] }} x {{ entry.shape[1] }} | {{ entry.outliers }} | \
 {{ "%.4f"|format(entry.bits) }} | {{ "%.5f"|format(entry.error) }} | {{ entry.damping }} | {{ entry.rescue or "" }} |
-{% endfor %}"""
+{% endfor %}
+{%- if search %}
+## Clip ratios
+
+{% set asked = plan.recipe.search -%}
+Searched by `{{ asked.method }}`, in this order, for the least \
+{{ "loss" if asked.objective == "perplexity" else "squared error of the output" }} on the first \
+{{ "%g"|format(asked.share * 100) }} % of the calibration text.
+
+| inputs or cache | ratio | value | evaluations |
+|---|---|---|---|
+{% for entry in search -%}
+| {{ entry.target }} | {{ "%.5g"|format(entry.ratio) }} | {{ "%.6g"|format(entry.value) }} | {{ entry.tried|length }} |
+{% endfor %}
+{%- endif %}"""
 
 
 def write_card(
-    directory: Path, plan: Plan, layers: list[dict[str, Any]], measured: dict[str, Any], facts: dict[str, Any]
+    directory: Path,
+    plan: Plan,
+    layers: list[dict[str, Any]],
+    measured: dict[str, Any],
+    facts: dict[str, Any],
+    search: list[dict[str, Any]],
 ) -> None:
     """Write README.md. It holds no time, path or command line: equal artifacts have equal cards."""
     recipe = plan.recipe
@@ -105,6 +124,7 @@ def write_card(
         layers=layers,
         measured=measured,
         facts=facts,
+        search=search,
         names=names,
         exp=math.exp,
         recipe_json=json.dumps(recipe.to_dict(), sort_keys=True),

@@ -9,7 +9,7 @@ import typer
 ModelOrArtifact = Annotated[str, typer.Argument(help="model or artifact directory")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="recipe by name: bitwright (default), bwa, rtn, gptq, atom, quarot, billm, wgm"),
+    typer.Option(help="recipe by name: bitwright (default), bwa, rtn, gptq, atom, quarot, gbs, billm, wgm"),
 ]
 RecipeFile = Annotated[str | None, typer.Option(help="recipe from a JSON file instead")]
 Set = Annotated[list[str], typer.Option("--set", help="recipe option key=value, e.g. weights.feedback=column")]

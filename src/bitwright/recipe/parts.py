@@ -138,18 +138,27 @@ class TransformRecipe(Part):
         "none", description="quarot: residual stream, heads and the inputs of the last products in a Hadamard basis"
     )
     seed: int = Field(0, ge=0, description="of the random signs of a rotation")
+    expansion: Literal["none", "hadamard", "power"] = Field(
+        "none",
+        description="width and intermediate size filled up with zeros: to the next that has a Hadamard matrix, or to a"
+        " power of two (GBS)",
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> TransformRecipe:
+        if self.expansion != "none" and self.rotation == "none":
+            raise ValueError(
+                f"expansion = '{self.expansion}' is for rotations; write rotation = 'quarot' or expansion = 'none'"
+            )
         if self.rotation != "none" and self.hadamard != "none":
             raise ValueError("a rotation has transforms of its own; write hadamard = 'none' or rotation = 'none'")
         return self
 
 
 class ActivationRecipe(Part):
-    """The dynamic 4-bit quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
+    """The dynamic quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     balance: Literal["support", "literal", "none"] = Field(
         "support", description="free plane scales: averaged over the plane's support, over all positions, or not at all"
     )
@@ -159,7 +168,7 @@ class ActivationRecipe(Part):
     @model_validator(mode="after")
     def _goes_together(self) -> ActivationRecipe:
         if self.bits != 4 and self.balance != "none":
-            raise ValueError("balance is defined for 4 planes only; write balance = 'none' with bits = 8")
+            raise ValueError(f"balance is defined for 4 planes only; write balance = 'none' with bits = {self.bits}")
         if self.symmetric and self.balance != "none":
             raise ValueError("balance is for codes with a zero point; write balance = 'none' with symmetric = true")
         return self
@@ -168,8 +177,31 @@ class ActivationRecipe(Part):
 class KVRecipe(Part):
     """The key-value cache: asymmetric, one scale and minimum a token and head."""
 
-    bits: Literal[4, 8] = 4
+    bits: int = Field(4, ge=2, le=8)
     hadamard: bool = Field(False, description="keys are cached times a Hadamard matrix, after RoPE (QuaRot)")
+    clip: float = Field(1.0, gt=0.0, le=1.0, description="share of the range min..max that the codes span")
+
+
+class SearchRecipe(Part):
+    """A search for clip ratios of activations, a site, and of the cache, a layer, once all weights are solved (GBS)."""
+
+    method: Literal["none", "gbs", "golden", "grid", "global"] = Field(
+        "none",
+        description="gbs: the paper's alternating halving; golden: golden section; grid: 16 ratios from 1 down to 0.25;"
+        " global: one of five ratios for everything",
+    )
+    objective: Literal["perplexity", "output"] = Field(
+        "perplexity",
+        description="perplexity of the model so far, or the error of what a site's linears and a layer's cache make",
+    )
+    iterations: int = Field(10, ge=1, le=100, description="of gbs and golden: evaluations behind the first one")
+    share: float = Field(0.1, gt=0.0, le=1.0, description="of the calibration text's tokens, from its start")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SearchRecipe:
+        if self.method == "global" and self.objective != "perplexity":
+            raise ValueError("method 'global' goes by perplexity alone; write objective = 'perplexity'")
+        return self
 
 
 class CalibrationRecipe(Part):

@@ -77,6 +77,11 @@ class _Clock:
     def advance(self, fraction: float) -> None:
         self._behind.advance(fraction)
 
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        if found:
+            self.lap()
+        self._behind.searching(target, done, total, found)
+
     def note(self, message: str) -> None:
         self._behind.note(message)
 

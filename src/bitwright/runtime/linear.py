@@ -52,6 +52,11 @@ def to_site(x: Tensor, order: Tensor | None, hadamard: SiteHadamard | None) -> T
     return hadamard.apply(x if order is None else x.index_select(1, order))
 
 
+def with_clip(recipe: ActivationRecipe | None, ratio: float) -> ActivationRecipe | None:
+    """The same quantizer with another clip ratio."""
+    return recipe and recipe.model_copy(update={"clip": float(ratio)})
+
+
 class QuantizedLinear(nn.Module):
     """y = W x + b with packed W and dynamically quantized x; takes and returns any float dtype, computes in fp32.
 
@@ -62,7 +67,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, name: str, spec: LayerSpec, activations: ActivationRecipe | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
-        self.activations = activations
+        self.activations = activations if spec.clip is None else with_clip(activations, spec.clip)
         self.in_features, self.out_features = spec.columns, spec.rows
         for full_name, (kind, shape) in layer_shapes(name, spec, dtype).items():
             self.register_buffer(full_name[len(name) + 1 :], torch.empty(shape, dtype=kind))

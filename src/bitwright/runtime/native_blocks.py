@@ -106,7 +106,7 @@ class NativeBlocks:
         for layer, (heads, head_dim) in zip(cache.layers, self.heads, strict=True):
             assert isinstance(layer, QuantizedKVLayer)
             keys, values, _ = layer.reserve(heads, tokens, head_dim)
-            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[1]))
+            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[1], cut(layer.clip)))
             bits = layer.bits
         x, cos, sin = x.clone(), cos.contiguous(), sin.contiguous()
         normed = torch.empty_like(x)

@@ -108,7 +108,7 @@ def _dense_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
+@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits, float clip=1.0) -> ()")
 def _nothing(*_: Any) -> None:
     return None
 
@@ -126,7 +126,7 @@ def _kv_attention(
 
 @_op(
     "attention_step(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, SymInt position,"
-    " int query_heads, int key, int value, float scale, int window, int bits) -> Tensor"
+    " int query_heads, int key, int value, float scale, int window, int bits, float clip=1.0) -> Tensor"
 )
 def _attention_step(
     x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int, query_heads: int, *_: Any
