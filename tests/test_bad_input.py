@@ -454,9 +454,7 @@ def recipe_case(name: str, content: str | None, *words: str) -> None:
     case(name, *words)(prepare)
 
 
-option_case(
-    "preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "atom, billm, bitwright, bwa, gptq, quarot, rtn, wgm"
-)
+option_case("preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", ", ".join(sorted(bitwright.presets)))
 option_case(
     "billm_by_column", ["--preset", "billm", "--set", "weights.feedback=column"], "method 'billm'", "'block-tri'"
 )

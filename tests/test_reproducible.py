@@ -104,8 +104,8 @@ def test_recipe_from_file_and_from_options_are_one(
     common = ["--calib", calibration_file]
     one = support.run_cli("quantize", models["llama"], tmp_path / "1", *common, "--recipe", tmp_path / "recipe.json")
     two = support.run_cli(
-        *["quantize", models["llama"], tmp_path / "2", *common, "--set", "weights.levels=dp", "--set", "kv=none"],
-        *["--outliers", "8", "--sequences", "2", "--length", "32", "--log", tmp_path / "two.jsonl"],
+        *["quantize", models["llama"], tmp_path / "2", *common, "--preset", "bwa", "--set", "weights.levels=dp"],
+        *["--set", "kv=none", "--outliers", "8", "--sequences", "2", "--length", "32", "--log", tmp_path / "two.jsonl"],
     )
     assert (one.code, two.code) == (0, 0), one.err + two.err
     assert support.tree(tmp_path / "1") == support.tree(tmp_path / "2")
