@@ -130,9 +130,9 @@ class TransformRecipe(Part):
 
 
 class ActivationRecipe(Part):
-    """The dynamic 4-bit quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
+    """The dynamic quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
 
-    bits: Literal[4, 8] = 4
+    bits: int = Field(4, ge=1, le=8, description="of a channel's code; 4 is the paper's 4x1")
     balance: Literal["support", "literal", "none"] = Field(
         "support", description="free plane scales: averaged over the plane's support, over all positions, or not at all"
     )
@@ -141,7 +141,7 @@ class ActivationRecipe(Part):
     @model_validator(mode="after")
     def _goes_together(self) -> ActivationRecipe:
         if self.bits != 4 and self.balance != "none":
-            raise ValueError("balance is defined for 4 planes only; write balance = 'none' with bits = 8")
+            raise ValueError(f"balance is defined for 4 planes only; write balance = 'none' with bits = {self.bits}")
         return self
 
 

@@ -137,8 +137,10 @@ class QuantizedLinear(nn.Module):
 
     @property
     def geometry(self) -> tiles.Geometry:
-        made = planes.PlaneGeometry if self.counts_planes else tiles.Geometry
-        return made(self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group)
+        sizes = self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group
+        if self.counts_planes:
+            return planes.PlaneGeometry(*sizes)
+        return tiles.Geometry(*sizes, self.spec.bits, tiles.has_table(self.spec.bits, self.spec.kind))
 
     def _unpacked(self) -> dict[str, Tensor]:
         assert self.packed is not None
@@ -150,8 +152,10 @@ class QuantizedLinear(nn.Module):
     @property
     def packable(self) -> bool:
         """Whether the native kernels compute exactly what the recipe says, here and now."""
-        inputs = self.activations
-        fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
+        if self.activations is None:
+            return False
+        # Planes are counted apart for the paper's two-bit codes alone.
+        fits = self.spec.bits == 2 if self.counts_planes else tiles.serves(self.spec.bits, self.spec.kind)
         fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
         return fits and self.weight.device.type == "cpu" and native() is not None
@@ -210,12 +214,15 @@ class QuantizedLinear(nn.Module):
             assert inputs is not None
             order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
             bias = None if self.bias is None else self.bias.to(torch.float32)
+            geometry = self.geometry
             rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
             op: Callable[..., Tensor] = ops.site_linear
             eager: Callable[..., Tensor] = ops.site_linear_eager
             if self.counts_planes:
                 rest = (*rest, inputs.balance)
                 op, eager = plane_ops.site_planes, plane_ops.site_planes_eager
+            else:
+                rest = (*rest, inputs.bits, geometry.bits, geometry.table)
             self._kernel = Kernel(op, eager, order, bias, rest, spec.transform)
         return self._kernel
 
