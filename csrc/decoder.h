@@ -9,7 +9,7 @@ namespace bitwright {
 // minimum as fp16. Because four bytes follow the codes, they may be read in whole words of four.
 struct Records {
   int64_t heads, capacity, head_dim;
-  int bits;  // 4 or 8
+  int bits;  // 2..8; code i stands from bit i * bits on, the lowest first
 
   BITWRIGHT_INLINE int64_t code_bytes() const { return (head_dim * bits + 7) / 8; }
   BITWRIGHT_INLINE int64_t bytes() const { return code_bytes() + 4; }
@@ -58,12 +58,16 @@ struct Partial {
 // Floats of scratch that a thread of `attend` needs.
 BITWRIGHT_INLINE int64_t attention_scratch(const Attention& a) {
   const int64_t width = round_up(a.cache.head_dim, 64);
-  const int64_t blocked = 2 * kRowBlock * width + kRowBlock * kKeyChunk + 2 * kKeyChunk * width + 8 * kKeyChunk;
+  const int64_t spread = 2 * (kKeyChunk * (a.cache.head_dim + 4) / 4 + 8);  // of widths that are spread to bytes
+  const int64_t blocked =
+      2 * kRowBlock * width + kRowBlock * kKeyChunk + 2 * kKeyChunk * width + 8 * kKeyChunk + spread;
   return blocked > a.length ? blocked : a.length;
 }
 
-// Encodes states [tokens][head_dim] of one head, `stride` floats apart, into consecutive records.
-using AppendFunction = void(const float* states, int64_t stride, int64_t tokens, const Records&, uint8_t* records);
+// Encodes states [tokens][head_dim] of one head, `stride` floats apart, into consecutive records. The codes span the
+// range without the share `cut` at either end.
+using AppendFunction = void(const float* states, int64_t stride, int64_t tokens, const Records&, float cut,
+                            uint8_t* records);
 AppendFunction append_scalar, append_avx2;
 
 using AttendFunction = void(const Attention&, const Span&, float* scratch, const Partial&);
@@ -85,19 +89,24 @@ using SignedSumsFunction = void(float* values, int64_t order, int64_t stride, in
                                 float* tables);
 SignedSumsFunction signed_sums_scalar, signed_sums_avx2;
 
+// y = silu(gate) * up, silu(v) = v / (1 + exp(-v)). Variants differ in the last bits of exp.
+using GateFunction = void(const float* gate, const float* up, float* y, int64_t count);
+GateFunction gate_scalar, gate_avx2;
+
 // One instruction set's functions.
 struct DecoderKernels {
   AppendFunction* append;
   AttendFunction* attend;
   HadamardFunction* hadamard;
   SignedSumsFunction* signed_sums;
+  GateFunction* gate;
 };
 
 // Drivers that share the work among threads; results do not depend on `threads`.
 
 // states [heads][tokens][head_dim] with strides in floats, encoded from token `position` of the records on.
 void kv_append(const DecoderKernels&, const float* states, int64_t head_stride, int64_t token_stride, int64_t tokens,
-               int64_t position, const Records&, uint8_t* records, int threads);
+               int64_t position, const Records&, float cut, uint8_t* records, int threads);
 
 // y [tokens][heads * group][head_dim]
 void kv_attention(const DecoderKernels&, const Attention&, float* y, int threads);
@@ -113,10 +122,27 @@ void site_hadamard(const DecoderKernels&, const float* x, const int32_t* order, 
 void signed_sums(const DecoderKernels&, float* values, int64_t count, int64_t order, int64_t inner,
                  const uint8_t* signs, int threads);
 
+// x [tokens][columns], gate from its first column on, up from column `up` on -> y [tokens][size]
+void gated(const DecoderKernels&, const float* x, int64_t tokens, int64_t columns, int64_t up, int64_t size, float* y,
+           int threads);
+
+// What attention is told of the projections of some tokens: x [tokens][columns] holds the queries of all heads from its
+// first column on, keys and values of the cache's heads from `key` and `value` on, none of them rotated.
+struct Projections {
+  const float* x;
+  int64_t tokens, columns, query_heads, key, value;
+  const float *cos, *sin;  // [tokens][head_dim]
+};
+
+// Rotates queries and keys, appends keys and values from token `position` on, and attends: y [tokens][query_heads][head_dim]
+void attention_step(const DecoderKernels&, const Projections&, const Records&, uint8_t* keys, uint8_t* values,
+                    int64_t position, float cut, int64_t window, float scale, float* y, int threads);
+
 // For these the compiler's own vectors are as fast as memory and call allow; there is one version.
 
-// y = weight * x / sqrt(mean(x^2) + eps), for each row
-void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads);
+// y = weight * s / sqrt(mean(s^2) + eps), for each row; s = x, or x + `add` where that is not null, written to `sum`.
+void rms_norm(const float* x, const float* add, const float* weight, float eps, float* sum, float* y, int64_t rows,
+              int64_t width, int threads);
 
 // y = x * cos + (-second half, first half) * sin; x [tokens][heads][dim] with strides, cos and sin [tokens][dim]
 void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,

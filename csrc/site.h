@@ -94,6 +94,7 @@ struct Quantizer {
   const int32_t* order;  // [columns], or null: channels are in site order already
   float cut;             // share of the range taken off at each end
   int bits;              // 1 to 8
+  float share;  // not 0: no zero point, the codes span this share of -max..max of the magnitudes (Atom); 2 bits at least
 };
 
 struct HeadRows;  // head/kernels.h

@@ -35,7 +35,7 @@ void quantize(const float* x, const Geometry& g, const Quantizer& q, const Activ
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
       Code* codes = records + place * width;
       const Range range = range256(values, channels);
-      const Grid grid = grid_of(range, q.cut, top);
+      const Grid grid = grid_of(range, q, top);
       const float inside = clamped(grid.zero, top);
       const __m256 steps = _mm256_set1_ps(grid.step), zeros = _mm256_set1_ps(grid.zero);
       const __m256 insides = _mm256_set1_ps(inside);

@@ -41,6 +41,7 @@ def values(parts: tuple[Tensor, ...], group: int) -> Tensor:
     tokens=st.sampled_from([1, 2, 7, 40]),
     clip=st.sampled_from([1.0, 0.85]),
     bits=st.sampled_from([4, 4, 4, 1, 2, 3, 5, 6, 7, 8]),
+    symmetric=st.booleans(),
     spread=SPREADS,
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -54,6 +55,7 @@ def test_every_backend_gives_the_same_integers_and_their_values(
     tokens: int,
     clip: float,
     bits: int,
+    symmetric: bool,
     spread: str,
     threads: int,
     seed: int,
@@ -61,10 +63,11 @@ def test_every_backend_gives_the_same_integers_and_their_values(
     columns = groups * group - ragged + outliers
     x = spread_out(gaussian(tokens, columns, seed=seed), spread)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-    arguments = (order, outliers, group, clip, bits)
+    symmetric = symmetric and bits > 1
+    arguments = (order, outliers, group, clip, symmetric, bits)
     expected = by_reference(x, *arguments)
     assert expected[0].dtype == (torch.int8 if bits <= 4 else torch.int16)
-    recipe = ActivationRecipe(bits=bits, balance="none", clip=clip)
+    recipe = ActivationRecipe(bits=bits, balance="none", clip=clip, symmetric=symmetric)
     assert torch.equal(values(expected, group), dequantized(x[:, order.long()], outliers, group, recipe))
     for name, found in on_every_variant(lambda: quantize_site(x, *arguments), threads).items():
         for part, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -87,6 +90,15 @@ def test_by_hand(backend: str) -> None:
     assert codes[0, 16:].tolist() == [0, -1, -1, -1, -2, -3, -3, -15]
     assert outlier_codes.tolist() == [[127, -2]]
     assert outlier_step.tolist() == [2.0]
+
+
+def test_by_hand_without_a_zero_point(backend: str) -> None:
+    """mu = 0.9 max|x| / 7, codes -8..7 (Atom): the largest magnitude is cut, to 7 mu or 8 mu by its sign."""
+    x = torch.tensor([[7.0, -3.5, 1.0, 0.4, 0.5, -0.6, 0.0, 6.0, -7.0, 3.5, -0.9, 0.0, 0.0, 0.0, 0.0, 6.9]])
+    codes, step, rest, *_ = quantize_site(x, None, 0, 8, 0.9, True)
+    assert step[0].tolist() == pytest.approx([0.9, 0.9])
+    assert rest.tolist() == [[0.0, 0.0]]
+    assert codes.tolist() == [[7, -4, 1, 0, 1, -1, 0, 7, -8, 4, -1, 0, 0, 0, 0, 7]]
 
 
 def test_batches_orders_and_views(backend: str) -> None:
@@ -134,5 +146,7 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
             quantize_site(x, None, outliers, group, 1.0)
     for bits in (0, 9):
         with pytest.raises(ValueError, match=f"inputs have 1 to 8 bits; found {bits}"):
-            quantize_site(x, None, 4, 16, 1.0, bits)
+            quantize_site(x, None, 4, 16, 1.0, False, bits)
+    with pytest.raises(ValueError, match="inputs have 2 to 8 bits; found 1"):
+        quantize_site(x, None, 4, 16, 1.0, True, 1)
     assert native.native() is None or backend == native.native().chosen()

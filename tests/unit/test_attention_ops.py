@@ -1,4 +1,4 @@
-"""The ops on the quantized cache and the small rest of a block: every variant against torch on the decoded cache."""
+"""The ops on the quantized cache: every variant against torch on the decoded cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bitwright.runtime import attention_ops, block_ops
 from bitwright.runtime.attention_ops import record_bytes
@@ -68,31 +67,32 @@ def check(found: Tensor, arguments: tuple[Any, ...]) -> None:
     tokens=st.integers(0, 9),
     head_dim=st.integers(1, 160),
     position=st.integers(0, 5),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
+    clip=st.sampled_from([1.0, 1.0, 0.9, 0.53125, 0.01]),
     spread=st.sampled_from(sorted(SPREADS)),
     count=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@examples(60)
+@examples(100)
 def test_append_writes_the_bytes_of_encode(
-    heads: int, tokens: int, head_dim: int, position: int, bits: int, spread: str, count: int, seed: int
+    heads: int, tokens: int, head_dim: int, position: int, bits: int, clip: float, spread: str, count: int, seed: int
 ) -> None:
     states = SPREADS[spread](gaussian(tokens, heads, head_dim, seed=seed)).transpose(0, 1)  # a strided view
     before = torch.full((heads, position + tokens + 2, record_bytes(head_dim, bits)), 0x5A, dtype=torch.uint8)
     expected = before.clone()
-    expected[:, position : position + tokens] = encode(states, bits)
+    expected[:, position : position + tokens] = encode(states, bits, clip)
     try:
         for name in VARIANTS:
             module.choose(name)
             records = before.clone()
             with threads(count):
-                attention_ops.kv_append(records, states, position, bits)
+                attention_ops.kv_append(records, states, position, bits, clip)
             assert torch.equal(records, expected), name
     finally:
         restore()
 
 
-@given(row=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), bits=st.sampled_from([4, 8]))
+@given(row=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), bits=st.integers(2, 8))
 @examples(150)
 def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits: int) -> None:
     states = torch.tensor(row).reshape(1, 1, -1)
@@ -106,7 +106,7 @@ def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits:
         restore()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 @pytest.mark.parametrize("channel", [0, 9, 20])
 def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> None:
     states = gaussian(1, 3, 21)
@@ -126,7 +126,7 @@ def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> No
     length=st.integers(1, 300),
     new=st.sampled_from([1, 1, 1, 2, 5, 17, 60, 300]),
     window=st.sampled_from([0, 0, 1, 7, 64, 100, 400]),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
     spread=st.sampled_from(sorted(SPREADS)),
     seed=st.integers(0, 1000),
 )
@@ -153,7 +153,7 @@ def test_attention_over_the_cache(
         restore()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 @pytest.mark.parametrize(
     ("heads", "group", "new", "length", "window"),
     [(2, 1, 1, 1700, 0), (1, 4, 1, 1700, 1100), (2, 3, 2, 1030, 0), (1, 2, 200, 513, 0), (3, 1, 64, 600, 90)],
@@ -217,7 +217,9 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         attention_ops.kv_append(records[:, ::2], states, 0, 4)
     with pytest.raises(ValueError, match="bits must be"):
-        attention_ops.kv_append(records, states, 0, 3)
+        attention_ops.kv_append(records, states, 0, 1)
+    with pytest.raises(ValueError, match="clip must be"):
+        attention_ops.kv_append(records, states, 0, 4, 0.0)
     with pytest.raises(ValueError, match="float32"):
         attention_ops.kv_attention(states.double(), records, records, 3, 1.0, 0, 4)
     with pytest.raises(ValueError, match="length must lie"):
@@ -232,57 +234,50 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         attention_ops.kv_attention(states, records, records[:, :7].contiguous(), 3, 1.0, 0, 4)
 
 
-# --- the small rest of a block ---
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 1, 8), (3, 2, 80), (1, 4, 64)])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_step_is_the_single_ops(backend: str, bits: int, heads: int, group: int, dim: int, window: int) -> None:
+    wide, capacity = (heads * group + 2 * heads) * dim + 5, 20
+    key, value = heads * group * dim + 2, (heads * group + heads) * dim + 5
+    buffers = [filled(gaussian(heads, 6, dim, seed=seed), bits, capacity) for seed in (1, 2)]
+    ours, theirs = [b.clone() for b in buffers], [b.clone() for b in buffers]
+    position = 6
+    for tokens in (1, 5, 1):
+        x, angle = gaussian(tokens, wide, seed=position), gaussian(tokens, dim, seed=9)
+        cos, sin = angle.cos(), angle.sin()
+        parts = (x[:, : heads * group * dim], x[:, key : key + heads * dim], x[:, value : value + heads * dim])
+        q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
+        attention_ops.kv_append(theirs[0], block_ops.rope(k, cos, sin).transpose(0, 1), position, bits)
+        attention_ops.kv_append(theirs[1], v.transpose(0, 1), position, bits)
+        q, length = block_ops.rope(q, cos, sin).transpose(0, 1), position + tokens
+        expected = attention_ops.kv_attention(q, *theirs, length, 0.3, window, bits)
+        found = attention_ops.attention_step(x, cos, sin, *ours, position, heads * group, key, value, 0.3, window, bits)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        position += tokens
 
 
-@pytest.mark.parametrize("shape", [(1, 4096), (3, 7), (2, 5, 100), (40, 2048), (0, 8)])
-@pytest.mark.parametrize("factor", [1.0, 1e4, 1e-4, 0.0])
-def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor: float) -> None:
-    x, norm = gaussian(*shape) * factor, LlamaRMSNorm(shape[-1], eps=1e-5)
-    norm.weight.data = gaussian(shape[-1], seed=1)
-    with torch.no_grad():
-        expected = norm(x)
-    found = block_ops.rms_norm(x, norm.weight.detach(), 1e-5)
-    torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-9)
+def test_a_step_refuses_what_does_not_fit(backend: str) -> None:
+    keys = filled(gaussian(2, 5, 8), 4, 9)
+    x, cos = gaussian(1, 64), gaussian(1, 8)
 
+    def step(x: Tensor = x, position: int = 5, heads: int = 4, value: int = 48, at: Tensor = keys) -> Any:
+        return attention_ops.attention_step(x, cos, cos, keys, at, position, heads, 32, value, 0.3, 0, 4)
 
-@pytest.mark.parametrize("shape", [(1, 32, 128), (5, 3, 80), (40, 32, 64), (2, 1, 2), (0, 2, 4)])
-def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> None:
-    tokens, heads, head_dim = shape
-    wide = gaussian(tokens, heads + 2, head_dim)
-    x = wide[:, 1 : 1 + heads]  # as out of a fused projection
-    angles = torch.arange(tokens).unsqueeze(1) * torch.linspace(1, 0.01, head_dim // 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    expected, _ = apply_rotary_pos_emb(x, x, angles.cos(), angles.sin(), unsqueeze_dim=1)
-    assert torch.equal(block_ops.rope(x, angles.cos(), angles.sin()), expected)
-
-
-@needs_native
-def test_rows_do_not_depend_on_threads_or_neighbours() -> None:
-    x, y = gaussian(50, 4096), gaussian(50, 4096, seed=1)
-    calls: list[Callable[[int], Tensor]] = [
-        lambda rows: block_ops.rms_norm(x[-rows:], y[0], 1e-6),
-        lambda rows: block_ops.rope(x[-rows:].unflatten(1, (-1, 64)), y[-rows:, :64], y[-rows:, 64:128]).flatten(1),
-    ]
-    for call in calls:
-        with threads(1):
-            expected = call(50)
-        assert torch.equal(call(1)[0], expected[-1])
-        for count in (2, 3):
-            with threads(count):
-                assert torch.equal(call(50), expected)
-
-
-def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:
-    x = gaussian(2, 3, 8)
-    with pytest.raises(ValueError, match="weight must be"):
-        block_ops.rms_norm(x, gaussian(7), 1e-6)
+    step()
+    with pytest.raises(ValueError, match="do not fit a capacity of 9"):
+        step(position=9)
+    with pytest.raises(ValueError, match="3 query heads do not fit"):
+        step(heads=3)
+    with pytest.raises(ValueError, match="no 2 heads of 8 at 32 and 49"):
+        step(value=49)
+    with pytest.raises(ValueError, match="does not fit cos"):
+        step(x=gaussian(2, 64))
     with pytest.raises(ValueError, match="x must be float32"):
-        block_ops.rms_norm(x.double(), gaussian(8), 1e-6)
-    with pytest.raises(ValueError, match="even head_dim"):
-        block_ops.rope(x[..., :7], x[:, 0, :7], x[:, 0, :7])
-    with pytest.raises(ValueError, match="cos and sin must be"):
-        block_ops.rope(x, x[:, 0, :4], x[:, 0])
+        step(x=x.double())
+    with pytest.raises(ValueError, match="values must be uint8"):
+        step(at=keys.int())
 
 
 # --- as ops of torch ---

@@ -29,20 +29,25 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     packed, counted = tiles.pack(matrix), planes.pack(matrix)
     four, eight = (tiles.pack(random_matrix(32, 100, 32, "uniform", 4, 0, True, bits)) for bits in (4, 8))
     records = torch.cat([encode(gaussian(2, 6, 9), 4), torch.zeros(2, 2, 9, dtype=torch.uint8)], dim=1)
+    wide = torch.cat([encode(gaussian(1, 6, 8), 4), torch.zeros(1, 2, 8, dtype=torch.uint8)], dim=1)
     upper, dead = torch.eye(40) + 0.1 * gaussian(40, 40).triu(), torch.arange(40) == 7
     return {
         "site_linear": [
             (x, packed, order, bias, 32, 4, 32, 1.0),
-            (x[0, :1], packed, None, None, 32, 4, 32, 0.9),
-            (x, packed, order, None, 32, 4, 32, 1.0, 8),
-            (x, four, None, bias, 32, 4, 32, 1.0, 3, 4, False),
-            (x, eight, order, bias, 32, 4, 32, 0.9, 8, 8, False),
+            (x[0, :1], packed, None, None, 32, 4, 32, 0.9, True),
+            (x, packed, order, None, 32, 4, 32, 1.0, False, 8),
+            (x, four, None, bias, 32, 4, 32, 1.0, False, 3, 4, False),
+            (x, eight, order, bias, 32, 4, 32, 0.9, True, 8, 8, False),
         ],
         "site_planes": [
             (x, counted, order, bias, 32, 4, 32, 1.0, "support"),
             (x[0, :1], counted, None, None, 32, 4, 32, 0.9, "none"),
         ],
-        "quantize_site": [(x, order, 4, 32, 1.0), (x[0].T.contiguous().T, None, 0, 32, 0.9), (x, order, 4, 32, 1.0, 8)],
+        "quantize_site": [
+            (x, order, 4, 32, 1.0),
+            (x[0].T.contiguous().T, None, 0, 32, 0.9, True),
+            (x, order, 4, 32, 1.0, False, 8),
+        ],
         "dequantize": [(packed, 32, 100, 4, 32), (eight, 32, 100, 4, 32, 8, False)],
         "dense_linear": [(x, gaussian(7, 100).bfloat16())],
         "head_linear": [
@@ -53,9 +58,15 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
             (gaussian(4, 1, 9), records, records, 6, 0.3, 4, 4),
             (gaussian(3, 4, 9).transpose(0, 1), records, records, 6, 0.3, 0, 4),
         ],
+        "attention_step": [
+            (gaussian(2, 40), gaussian(2, 8), gaussian(2, 8), wide, wide.clone(), 6, 3, 24, 32, 0.3, 4, 4),
+            (gaussian(1, 40), gaussian(1, 8), gaussian(1, 8), wide, wide.clone(), 0, 2, 16, 32, 0.3, 0, 4),
+        ],
         "hadamard": [(gaussian(2, 3, 64), 16), (gaussian(64, 3).T, 64)],
         "site_hadamard": [(x, order, 32, 1, 96), (x[0, :1], None, 12, 3, 80)],
         "rms_norm": [(gaussian(2, 9), gaussian(9), 1e-6)],
+        "add_rms_norm": [(gaussian(2, 9), gaussian(2, 9, seed=5), gaussian(9), 1e-6)],
+        "gated": [(gaussian(2, 3, 20), 11, 9)],
         "rope": [(gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8))],
         "find_levels": [(gaussian(5, 40), gaussian(40).abs(), search, 2, 20) for search in ("dp", "uniform")],
         "solve_rows": [

@@ -41,11 +41,18 @@ def a_matrix(kind: Kind, bits: int, *sizes: int, seed: int = 0, permuted: bool =
     return random_matrix(rows, columns, group, kind, outliers, seed, permuted, bits)
 
 
-def multiply(x: Tensor, matrix: CodebookMatrix, input_bits: int, bias: Tensor | None = None, clip: float = 1) -> Tensor:
+def multiply(
+    x: Tensor,
+    matrix: CodebookMatrix,
+    input_bits: int,
+    bias: Tensor | None = None,
+    clip: float = 1.0,
+    symmetric: bool = False,
+) -> Tensor:
     order = None if matrix.permutation is None else matrix.permutation.to(torch.int32)
     form = (matrix.bits, tiles.has_table(matrix.bits, matrix.kind))
     sizes = (matrix.rows, matrix.outlier_columns, matrix.group)
-    y: Tensor = ops.site_linear(x, tiles.pack(matrix), order, bias, *sizes, clip, input_bits, *form)
+    y: Tensor = ops.site_linear(x, tiles.pack(matrix), order, bias, *sizes, clip, symmetric, input_bits, *form)
     return y
 
 
@@ -151,12 +158,12 @@ def test_what_tiles_do_not_hold_is_refused(backend: str) -> None:
         tiles.pack(a_matrix("shared", 6, 4, 40, 0, 8))
     packed, x = tiles.pack(a_matrix("uniform", 4, 20, 100, 4, 32)), gaussian(2, 100)
     with pytest.raises(ValueError, match="found 2 with zero points"):
-        ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, 4, 2, False)
+        ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, False, 4, 2, False)
     with pytest.raises(ValueError, match="packed weights of"):
-        ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, 4, 4, True)
+        ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, False, 4, 4, True)
     for input_bits in (0, 9):
         with pytest.raises(ValueError, match=f"inputs have 1 to 8 bits; found {input_bits}"):
-            ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, input_bits, 4, False)
+            ops.site_linear(x, packed, None, None, 20, 4, 32, 1.0, False, input_bits, 4, False)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -173,6 +180,7 @@ def test_what_tiles_do_not_hold_is_refused(backend: str) -> None:
     outliers=st.sampled_from([0, 0, 1, 3, 16, 33]),
     tokens=st.integers(1, 40),
     clip=st.sampled_from([1.0, 0.85]),
+    symmetric=st.booleans(),
     spread=SPREADS,
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -188,6 +196,7 @@ def test_all_variants_agree_to_the_last_bit(
     outliers: int,
     tokens: int,
     clip: float,
+    symmetric: bool,
     spread: str,
     threads: int,
     seed: int,
@@ -195,15 +204,13 @@ def test_all_variants_agree_to_the_last_bit(
     normal = max(1, groups * group - ragged)
     matrix = a_matrix(*form, rows, normal + outliers, outliers, group, seed=seed)
     x = spread_out(gaussian(tokens, matrix.columns, seed=seed), spread)
-    results = on_every_variant(
-        lambda: (multiply(x, matrix, input_bits, clip=clip), multiply(x[-1:], matrix, input_bits, clip=clip)),
-        threads,
-    )
+    recipe = ActivationRecipe(bits=input_bits, balance="none", clip=clip, symmetric=symmetric and input_bits > 1)
+    rest: tuple[Any, ...] = (matrix, input_bits, None, clip, recipe.symmetric)
+    results = on_every_variant(lambda: (multiply(x, *rest), multiply(x[-1:], *rest)), threads)
     for name, (found, alone) in results.items():
         assert torch.equal(alone[0], found[-1]), "a token's result depends on its neighbours"
         assert torch.equal(found, results["scalar"][0]), name
     if spread in ("normal", "positive", "negative"):
-        recipe = ActivationRecipe(bits=input_bits, balance="none", clip=clip)
         twin = kernel_linear(x, matrix, recipe, None)
         torch.testing.assert_close(found, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()))
 

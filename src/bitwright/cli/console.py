@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bitwright.recipe import Recipe, parse_option, preset
+from bitwright.recipe import DEFAULT, Recipe, parse_option, preset
 
 
 def _console(stderr: bool) -> Console:
@@ -32,9 +32,9 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def recipe_from(preset_name: str, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset, then --set, then the named shortcuts."""
-    recipe = Recipe.from_file(file) if file else preset(preset_name)
+def recipe_from(preset_name: str | None, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --set, then the shortcuts."""
+    recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
     return recipe.with_options(changes) if changes else recipe
@@ -72,6 +72,7 @@ class RunReporter:
     def __init__(self) -> None:
         self._progress = _bar()
         self._task: TaskID | None = None
+        self._search: tuple[TaskID, float, float] | None = None
         self._began = time.monotonic()
         self._first = 0
         self._blocks = 0
@@ -103,6 +104,25 @@ class RunReporter:
             )
         if left == 0:
             self._progress.stop()
+
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        """A bar of its own behind that of the blocks; elsewhere a line a ratio."""
+        if self._search is None:
+            self._progress.stop()
+            self._progress = _bar()
+            self._progress.start()
+            self._search = self._progress.add_task("clip ratios", total=total), done, time.monotonic()
+        task, first, began = self._search
+        self._progress.update(task, completed=done, description=f"clip ratio of {target}")
+        if found and not err.is_terminal:
+            seconds = time.monotonic() - began
+            left = seconds / max(done - first, 1e-9) * (total - done)
+            err.print(
+                f"clip ratio {round(done)}/{total}  {found['target']} {found['ratio']:.5g} (value {found['value']:.5g})"
+                f"  {seconds:.0f} s, about {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def note(self, message: str) -> None:
         err.print(message, markup=False, soft_wrap=True)

@@ -26,7 +26,8 @@ STATE_NAME = "run.json"
 
 @dataclass
 class RunState:
-    """What run.json holds. `completed` blocks are done; `streams` are the inputs of the next block."""
+    """What run.json holds. `completed` blocks are done; `streams` are the inputs of the next block; `search` what is
+    known of clip ratios, an entry each."""
 
     fingerprint: dict[str, Any]
     completed: int = 0
@@ -34,6 +35,7 @@ class RunState:
     stream_sha256: dict[str, str] = field(default_factory=dict)
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
+    search: list[dict[str, Any]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ class RunDirectory:
 
     def is_ours(self) -> bool:
         """Whether the directory holds nothing but what runs leave there, and so may be cleaned."""
-        known = ("lock", STATE_NAME, "artifact", "stream-")
+        known = ("lock", STATE_NAME, "artifact", "stream-", "search-")
         return self.path.is_dir() and all(path.name.startswith(known) for path in self.path.iterdir())
 
     def load(self) -> RunState | None:

@@ -5,9 +5,11 @@ from bitwright.recipe.parts import CalibrationRecipe as CalibrationRecipe
 from bitwright.recipe.parts import KVRecipe as KVRecipe
 from bitwright.recipe.parts import OuterRecipe as OuterRecipe
 from bitwright.recipe.parts import OutlierCount as OutlierCount
+from bitwright.recipe.parts import SearchRecipe as SearchRecipe
 from bitwright.recipe.parts import TransformRecipe as TransformRecipe
 from bitwright.recipe.parts import WeightRecipe as WeightRecipe
 from bitwright.recipe.parts import outlier_count as outlier_count
+from bitwright.recipe.presets import DEFAULT as DEFAULT
 from bitwright.recipe.presets import PRESETS as PRESETS
 from bitwright.recipe.presets import preset as preset
 from bitwright.recipe.whole import Recipe as Recipe

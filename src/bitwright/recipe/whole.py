@@ -21,6 +21,7 @@ from bitwright.recipe.parts import (
     KVRecipe,
     OuterRecipe,
     Part,
+    SearchRecipe,
     TransformRecipe,
     WeightRecipe,
 )
@@ -36,6 +37,7 @@ class Recipe(Part):
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     outer: OuterRecipe = OuterRecipe()
+    search: SearchRecipe = SearchRecipe()
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -49,13 +51,28 @@ class Recipe(Part):
                 f"transform.rotation = '{self.transform.rotation}' is not made for an embedding or head in integers;"
                 " write outer.embedding = 16 and outer.head = 16"
             )
+        if self.search.method != "none" and self.activations is None and self.kv is None:
+            raise ValueError(
+                f"search.method = '{self.search.method}' has nothing to look for with activations and kv off;"
+                " write search.method = 'none' or turn one of them on"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. `outer` is left out where it keeps everything: artifacts without it read as ever."""
+        """As JSON has it. What came later is left out where it does nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")
         if self.outer.embedding == self.outer.head == 16:
             del data["outer"]
+        if self.weights.clip == 1.0:
+            del data["weights"]["clip"]
+        if self.activations is not None and not self.activations.symmetric:
+            del data["activations"]["symmetric"]
+        if self.search.method == "none":
+            del data["search"]
+        if self.transform.expansion == "none":
+            del data["transform"]["expansion"]
+        if self.kv is not None and self.kv.clip == 1.0:
+            del data["kv"]["clip"]
         return data
 
     def to_json(self) -> str:

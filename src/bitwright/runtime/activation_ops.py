@@ -12,14 +12,20 @@ from torch import Tensor
 from bitwright.activations import quantize_groups, quantize_outliers
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.ops import check_input_bits, check_inputs, cut
+from bitwright.runtime.ops import check_input_bits, check_inputs, cut, share
 from bitwright.runtime.schemas import input_dtype, kernel
 from bitwright.runtime.tiles import Geometry
 
 
 @kernel("quantize_site")
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, bits: int = 4
+    x: Tensor,
+    order: Tensor | None,
+    outliers: int,
+    group: int,
+    clip: float,
+    symmetric: bool = False,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x fp32 [..., columns] in the model's channel order -> its integers of 1 to 8 bits, channels in site order.
 
@@ -35,17 +41,22 @@ def _quantize_site(
     bits) fp32 cannot hold z - (2**bits - 1), and the two may differ in the last bit. A group with a value that is not
     finite has step NaN and codes 0, as have the outliers of such a token.
 
-    `order` is int32 [columns], the channel that stands at each place of the site order, or None; `clip` as in
-    ActivationRecipe. Raises ValueError for what does not fit.
+    `order` is int32 [columns], the channel that stands at each place of the site order, or None; `clip` and `symmetric`
+    as in ActivationRecipe (symmetric: z is 2**(bits - 1) and rest 0). Raises ValueError for what does not fit.
     """
     columns = x.shape[-1] if x.dim() else 0
     if not 0 <= outliers < columns or group < 1:
         raise ValueError(f"{columns} columns cannot have {outliers} outliers and groups of {group}")
     check_inputs(x, order, columns)
-    check_input_bits(bits)
+    check_input_bits(bits, symmetric)
     geometry, batch = Geometry(0, columns, outliers, group), x.shape[:-1]
     quantize = _reference if native() is None else _native
-    codes, step, rest, outlier_codes, outlier_step = quantize(x.reshape(-1, columns), order, geometry, clip, bits)
+    codes, step, rest, outlier_codes, outlier_step = quantize(
+        x.reshape(-1, columns),
+        order,
+        geometry,
+        ActivationRecipe(bits=bits, balance="none", clip=clip, symmetric=symmetric),
+    )
     return (
         codes.reshape(*batch, geometry.normal),
         step.reshape(*batch, geometry.groups),
@@ -55,12 +66,12 @@ def _quantize_site(
     )
 
 
-def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float, bits: int) -> tuple[Tensor, ...]:
+def _native(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: ActivationRecipe) -> tuple[Tensor, ...]:
     """x [tokens, columns]; the kernels keep what belongs to a group together, [groups, tokens, ...]."""
     x = x.contiguous()
     order = None if order is None else order.contiguous()
     tokens, groups = len(x), geometry.groups
-    codes = torch.empty((groups, tokens, geometry.width), dtype=input_dtype(bits))
+    codes = torch.empty((groups, tokens, geometry.width), dtype=input_dtype(recipe.bits))
     step, rest = torch.empty(groups, tokens), torch.empty(groups, tokens)
     shift = torch.empty((groups, tokens), dtype=torch.int32)  # only the product wants these
     outlier_codes = torch.empty((tokens, -(-geometry.outliers // 4) * 4), dtype=torch.int8)
@@ -72,8 +83,9 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float, bi
         geometry.outliers,
         geometry.group,
         0 if order is None else order.data_ptr(),
-        cut(clip),
-        bits,
+        cut(recipe.clip),
+        recipe.bits,
+        share(recipe.clip, recipe.symmetric),
         *(part.data_ptr() for part in (codes, step, rest, shift, outlier_codes, outlier_step, outlier_shift)),
         torch.get_num_threads(),
     )
@@ -82,15 +94,15 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float, bi
     return tuple(part.contiguous() for part in parts)
 
 
-def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float, bits: int) -> tuple[Tensor, ...]:
+def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: ActivationRecipe) -> tuple[Tensor, ...]:
     """The same in torch, bit for bit."""
     if order is not None:
         x = x.index_select(1, order.to(torch.int64))
     normal, outliers = x.split([geometry.normal, geometry.outliers], dim=1)
-    found = quantize_groups(normal, geometry.group, ActivationRecipe(bits=bits, balance="none", clip=clip))
+    found = quantize_groups(normal, geometry.group, recipe)
     filled = torch.nn.functional.pad(normal, (0, geometry.groups * geometry.group - geometry.normal))
     finite = filled.unflatten(1, (geometry.groups, -1)).isfinite().all(dim=-1, keepdim=True)
-    inside = found.zero.clamp(0, 2**bits - 1)
+    inside = found.zero.clamp(0, 2**recipe.bits - 1)
     codes = torch.where(finite, found.codes - inside, 0.0).nan_to_num(0.0)
     step, rest = torch.where(finite, found.step, torch.nan), torch.where(finite, inside - found.zero, 0.0)
     integers, scale = outliers, torch.zeros(len(x))
@@ -98,7 +110,7 @@ def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float,
         finite = outliers.isfinite().all(dim=-1, keepdim=True)
         integers, steps = quantize_outliers(outliers)
         integers, scale = torch.where(finite, integers, 0.0), torch.where(finite, steps, torch.nan).squeeze(-1)
-    codes = codes.flatten(1)[:, : geometry.normal].to(input_dtype(bits))
+    codes = codes.flatten(1)[:, : geometry.normal].to(input_dtype(recipe.bits))
     return codes.contiguous(), step.squeeze(-1), rest.squeeze(-1), integers.to(torch.int8), scale
 
 

@@ -28,6 +28,11 @@ def cut(clip: float) -> float:
     return (1.0 - clip) / 2.0
 
 
+def share(clip: float, symmetric: bool) -> float:
+    """Share of -max..max that symmetric codes span; 0 for those with a zero point."""
+    return clip if symmetric else 0.0
+
+
 def _check_packed(packed: Tensor, geometry: Geometry) -> None:
     if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != geometry.packed_bytes():
         raise ValueError(
@@ -44,9 +49,9 @@ def check_inputs(x: Tensor, order: Tensor | None, columns: int) -> None:
         raise ValueError(f"order must be int32 [{columns}]; found {order.dtype} {list(order.shape)}")
 
 
-def check_input_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"inputs have 1 to 8 bits; found {bits}")
+def check_input_bits(bits: int, symmetric: bool) -> None:
+    if not 1 + symmetric <= bits <= 8:
+        raise ValueError(f"inputs have {1 + symmetric} to 8 bits; found {bits}")
 
 
 def kind_of(table: bool) -> Kind:
@@ -72,24 +77,27 @@ def site_linear_eager(
     outliers: int,
     group: int,
     clip: float,
+    symmetric: bool = False,
     input_bits: int = 4,
     bits: int = 2,
     table: bool = True,
 ) -> Tensor:
     """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site.
 
-    Inputs are quantized to `input_bits`, 1 to 8, as `activations.quantize_site` does without balance. `packed` is what
-    `tiles.pack` made of codes of `bits`, 1 to 8, with a table of levels (up to 4 bits) or zero points (from 3 bits on).
+    Inputs are quantized to `input_bits`, 1 to 8 (`symmetric`: 2 to 8), as `activations.quantize_site` does without
+    balance. `packed` is what `tiles.pack` made of codes of `bits`, 1 to 8, with a table of levels (up to 4 bits) or
+    zero points (from 3 bits on).
     Any pair of widths: sums of integers are exact.
     """
     geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group, bits, table)
     check(x, packed, order, bias, geometry)
-    check_input_bits(input_bits)
+    check_input_bits(input_bits, symmetric)
     module = native()
     if module is None:
-        recipe = ActivationRecipe(bits=input_bits, balance="none", clip=clip)
+        recipe = ActivationRecipe(bits=input_bits, balance="none", clip=clip, symmetric=symmetric)
         return site_reference(x, unpack(packed, geometry, kind_of(table)), order, bias, geometry, recipe)
-    return run_site(module.site_linear, x, packed, order, bias, geometry, clip, input_bits, bits, table)
+    setting = (cut(clip), input_bits, share(clip, symmetric))
+    return run_site(module.site_linear, x, packed, order, bias, geometry, setting, bits, table)
 
 
 def run_site(
@@ -99,13 +107,12 @@ def run_site(
     order: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
-    clip: float,
-    setting: int,
+    setting: tuple[float, ...],
     *form: int,
 ) -> Tensor:
     """Call the native product of either kind of tiles on checked tensors.
 
-    `setting` is the bits of its inputs, or their balance; `form` what tiles of bytes have: bits of codes, table.
+    `setting` is what its quantizer wants; `form` what tiles of bytes have: bits of codes, table.
     """
     # Everything here is paid at every call: hence one look at the shape, and sizes as arguments instead of a tuple.
     x = x.contiguous()
@@ -123,8 +130,7 @@ def run_site(
         geometry.outliers,
         geometry.group,
         0 if order is None else order.data_ptr(),
-        cut(clip),
-        setting,
+        *setting,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),

@@ -9,9 +9,9 @@ same bytes, for machines without a compiler and as a second opinion in the tests
 | `ops`            | `site_linear`, `dequantize`, `dense_linear`, `head_linear` |
 | `plane_ops`      | `site_planes`                                              |
 | `activation_ops` | `quantize_site`                                            |
-| `attention_ops`  | `kv_append`, `kv_attention`                                |
+| `attention_ops`  | `kv_append`, `kv_attention`, `attention_step`              |
 | `hadamard_ops`   | `hadamard`, `site_hadamard`                                |
-| `block_ops`      | `rms_norm`, `rope`                                         |
+| `block_ops`      | `rms_norm`, `add_rms_norm`, `rope`, `gated`                |
 | `solver_ops`     | `find_levels`, `solve_rows`                                |
 
 The kernels check what they are given and raise ValueError; the native code gets addresses and sizes and knows no torch.
@@ -71,7 +71,7 @@ def require_float32(**tensors: Tensor) -> None:
 
 @_op(
     "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
-    " int input_bits=4, int bits=2, bool table=True) -> Tensor"
+    " bool symmetric=False, int input_bits=4, int bits=2, bool table=True) -> Tensor"
 )
 @_op(
     "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
@@ -82,11 +82,17 @@ def _rows_of_site(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor 
 
 
 @_op(
-    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, int bits=4)"
+    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, bool symmetric=False, int bits=4)"
     " -> (Tensor codes, Tensor step, Tensor rest, Tensor outlier_codes, Tensor outlier_step)"
 )
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, bits: int = 4
+    x: Tensor,
+    order: Tensor | None,
+    outliers: int,
+    group: int,
+    clip: float,
+    symmetric: bool = False,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *batch, columns = x.shape
     groups = group_count(columns - outliers, group)
@@ -113,7 +119,7 @@ def _dense_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
+@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits, float clip=1.0) -> ()")
 def _nothing(*_: Any) -> None:
     return None
 
@@ -127,6 +133,26 @@ def _kv_attention(
 ) -> Tensor:
     heads, tokens, head_dim = queries.shape
     return queries.new_empty((tokens, heads, head_dim))
+
+
+@_op(
+    "attention_step(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, SymInt position,"
+    " int query_heads, int key, int value, float scale, int window, int bits, float clip=1.0) -> Tensor"
+)
+def _attention_step(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int, query_heads: int, *_: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], query_heads, cos.shape[-1]))
+
+
+@_op("gated(Tensor x, int up, int size) -> Tensor")
+def _gated(x: Tensor, up: int, size: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], size))
+
+
+@_op("add_rms_norm(Tensor x, Tensor add, Tensor weight, float eps) -> (Tensor total, Tensor normed)")
+def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_op("hadamard(Tensor x, int block) -> Tensor")

@@ -18,7 +18,7 @@ from bitwright.packing import pack_planes
 # What the native packers read of a matrix, in the order of their arguments.
 PACKED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
-STORED = (*PACKED, "table")
+STORED = (*PACKED, "table", "salient", "salient_levels", "salient_scales")
 TILE_ROWS = 32
 STEP = 64  # channels that groups are filled up to a multiple of
 _ZEROS = 64  # bytes of a group's zero points, half of them unused
@@ -106,8 +106,8 @@ def has_table(bits: int, kind: Kind) -> bool:
 
 
 def serves(bits: int, kind: Kind) -> bool:
-    """Whether tiles hold such codes: a byte shuffle looks up sixteen levels at most."""
-    return bits <= 4 or not has_table(bits, kind)
+    """Whether tiles hold such codes: a byte shuffle looks up sixteen levels at most, and a group has one codebook."""
+    return kind != "salient" and (bits <= 4 or not has_table(bits, kind))
 
 
 def geometry_of(matrix: CodebookMatrix) -> Geometry:

@@ -1,0 +1,31 @@
+"""Who is told how far a run has come."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from bitwright.pipeline.plan import Plan
+
+
+class Reporter(Protocol):
+    """Told by a run, in this order: begin, advance and block_done for each block, searching, and notes in between."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None:
+        """`fraction` of one block's work is done; the fractions of a block add up to one."""
+
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        """The search for clip ratios: so far `done` of `total` targets; `found` is the entry of one that is done."""
+
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None: ...
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None: ...
+    def note(self, message: str) -> None: ...
