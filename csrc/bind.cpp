@@ -64,26 +64,27 @@ NB_MODULE(_native, m) {
   m.def("choose", &choose);
   m.def("chosen", [] { return std::string(kernels().name); });
   m.def("pack", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros, uintptr_t outlier_codes,
-                   uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers, int64_t group,
-                   uintptr_t packed, int threads) {
+                   uintptr_t outlier_scales, int64_t rows, int64_t columns, int64_t outliers, int64_t group, int bits,
+                   bool table, uintptr_t packed, int threads) {
     const Neutral from{at<const uint8_t>(codes),         at<const uint16_t>(scales),
                        at<const int8_t>(levels),         at<const uint8_t>(zeros),
                        at<const int8_t>(outlier_codes), at<const uint16_t>(outlier_scales)};
     nb::gil_scoped_release free;
-    pack(from, Geometry{rows, columns, outliers, group}, at<uint8_t>(packed), threads);
+    pack(from, Geometry{rows, columns, outliers, group, bits, table}, at<uint8_t>(packed), threads);
   });
-  m.def("unpack", [](uintptr_t packed, int64_t rows, int64_t columns, int64_t outliers, int64_t group, int64_t first,
-                     int64_t last, uintptr_t weights, int threads) {
+  m.def("unpack", [](uintptr_t packed, int64_t rows, int64_t columns, int64_t outliers, int64_t group, int bits,
+                     bool table, int64_t first, int64_t last, uintptr_t weights, int threads) {
     nb::gil_scoped_release free;
-    unpack(at<const uint8_t>(packed), Geometry{rows, columns, outliers, group}, first, last, at<float>(weights),
-           threads);
+    unpack(at<const uint8_t>(packed), Geometry{rows, columns, outliers, group, bits, table}, first, last,
+           at<float>(weights), threads);
   });
   m.def("site_linear", [](uintptr_t x, int64_t tokens, uintptr_t packed, int64_t rows, int64_t columns,
-                          int64_t outliers, int64_t group, uintptr_t order, float cut, int bits, float share,
-                          uintptr_t bias, uintptr_t y, int threads) {
+                          int64_t outliers, int64_t group, uintptr_t order, float cut, int input_bits, float share,
+                          uintptr_t bias, uintptr_t y, int threads, int bits, bool table) {
     nb::gil_scoped_release free;
     site_linear(kernels(), at<const float>(x), tokens, at<const uint8_t>(packed),
-                Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits, share},
+                Geometry{rows, columns, outliers, group, bits, table},
+                Quantizer{at<const int32_t>(order), cut, input_bits, share},
                 at<const float>(bias), at<float>(y), threads);
   });
   m.def("read_memory", [](uintptr_t words, int64_t count, int threads) {
@@ -119,7 +120,8 @@ NB_MODULE(_native, m) {
     quantize_site(kernels(), at<const float>(x), Geometry{0, columns, outliers, group},
                   Quantizer{at<const int32_t>(order), cut, bits, share},
                   Activations{tokens, at<int8_t>(codes), at<float>(step), at<float>(rest), at<int32_t>(shift),
-                              at<int8_t>(outlier_codes), at<float>(outlier_step), at<int32_t>(outlier_shift)},
+                              at<int8_t>(outlier_codes), at<float>(outlier_step), at<int32_t>(outlier_shift),
+                              bits > kByteBits ? at<int16_t>(codes) : nullptr},
                   threads);
   });
   bind_decoder(m, [] { return variant().decoder; });

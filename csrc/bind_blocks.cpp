@@ -27,12 +27,12 @@ void bind_blocks(nb::module_& m, AllKernels (*kernels)()) {
     new (self) Norm{at<const float>(weight), eps};
   });
   nb::class_<Site>(m, "Site").def("__init__", [](Site* self, uintptr_t packed, int64_t rows, int64_t columns,
-                                                 int64_t outliers, int64_t group, uintptr_t order, uintptr_t bias,
-                                                 float cut, float share, int balance, int64_t hadamard,
-                                                 int64_t normal) {
-    new (self) Site{at<const uint8_t>(packed), Geometry{rows, columns, outliers, group}, at<const int32_t>(order),
-                    at<const float>(bias),     cut,                                      share,
-                    balance,                   hadamard,                                 normal};
+                                                 int64_t outliers, int64_t group, int bits, bool table,
+                                                 uintptr_t order, uintptr_t bias, float cut, float share,
+                                                 int input_bits, int balance, int64_t hadamard, int64_t normal) {
+    const Geometry geometry{rows, columns, outliers, group, bits, table};
+    new (self) Site{at<const uint8_t>(packed), geometry,   at<const int32_t>(order), at<const float>(bias), cut,
+                    share,                     input_bits, balance,                  hadamard,              normal};
   });
   nb::class_<Blocks>(m, "Blocks")
       .def("__init__", [](Blocks* self, const Norm& final) { new (self) Blocks{{}, final}; })

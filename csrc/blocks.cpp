@@ -18,7 +18,8 @@ void multiply(const AllKernels& kernels, const Site& s, const float* x, int64_t 
     order = nullptr;
   }
   if (s.balance < 0) {
-    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, Quantizer{order, s.cut, 4, s.share}, s.bias, y, threads);
+    const Quantizer quantizer{order, s.cut, s.input_bits, s.share};
+    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, quantizer, s.bias, y, threads);
   } else {
     site_planes(kernels.planes, x, tokens, s.packed, s.geometry,
                 PlaneQuantizer{order, s.cut, static_cast<Balance>(s.balance)}, s.bias, y, threads);

@@ -15,6 +15,7 @@ struct Site {
   const int32_t* order;  // [columns] or null
   const float* bias;     // [rows] or null
   float cut, share;          // of the quantizer: share for byte tiles alone
+  int input_bits;            // 4 with planes
   int balance;               // of planes; -1: byte tiles
   int64_t hadamard, normal;  // size of the blocks, a power of two (0: none), and the channels that they fill
 };

@@ -7,11 +7,12 @@ namespace bitwright {
 
 namespace {
 
-Activations lay_out(Parts& parts, const Geometry& g, int64_t tokens) {
+Activations lay_out(Parts& parts, const Geometry& g, int bits, int64_t tokens) {
   const int64_t records = g.groups() * tokens;
   Activations a;
   a.tokens = tokens;
-  a.codes = parts.take<int8_t>(records * g.width());
+  a.codes = parts.take<int8_t>(bits <= kByteBits ? records * g.width() : 0);
+  a.words = bits <= kByteBits ? nullptr : parts.take<int16_t>(records * g.width());
   a.step = parts.take<float>(records);
   a.rest = parts.take<float>(records);
   a.shift = parts.take<int32_t>(records);
@@ -23,8 +24,8 @@ Activations lay_out(Parts& parts, const Geometry& g, int64_t tokens) {
 
 void site_linear(const Kernels& kernels, const float* x, int64_t tokens, const uint8_t* packed, const Geometry& g,
                  const Quantizer& q, const float* bias, float* y, int threads) {
-  const Activations a = in_shared_memory([&](Parts& parts) { return lay_out(parts, g, tokens); });
-  quantize_and_multiply(kernels, x, packed, g, q, a, product_scratch(g), bias, y, threads);
+  const Activations a = in_shared_memory([&](Parts& parts) { return lay_out(parts, g, q.bits, tokens); });
+  quantize_and_multiply(kernels, x, packed, g, q, a, product_scratch(g, a), bias, y, threads);
 }
 
 void quantize_site(const Kernels& kernels, const float* x, const Geometry& g, const Quantizer& q,

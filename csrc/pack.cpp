@@ -55,9 +55,32 @@ inline uint64_t transposed(uint64_t x) {
   return x ^ t ^ (t << 28);
 }
 
-// The codes of one row and group. Of 64 channels, bytes 0, 2, 4, 6 of both planes side by side, transposed as bits, are
-// the first eight bytes of codes, bytes 1, 3, 5, 7 the other eight. (Little-endian, as all that this is built for.)
-inline void pack_codes(const uint8_t* low, const uint8_t* high, int shift, int64_t channels, uint8_t* lines) {
+// The codes of one row and group. Eight bytes that hold eight channels of each plane, transposed as bits, are eight codes.
+// (Little-endian, as all that this is built for.) `plane`: bytes from one plane to the next.
+inline void pack_codes(const uint8_t* codes, int64_t plane, int shift, int64_t channels, const Geometry& g,
+                       uint8_t* lines) {
+  const int stored = g.stored();
+  for (int64_t first = 0; first < channels; first += kStep, codes += 8, lines += stored / 2 * 64) {
+    const int64_t count = smaller(kStep, channels - first);
+    uint64_t planes[8];
+    for (int bit = 0; bit < g.bits; ++bit) planes[bit] = bits_of(codes + bit * plane, shift, count);
+    for (int eight = 0; eight < 8; ++eight) {
+      uint64_t bytes = 0;
+      for (int bit = 0; bit < g.bits; ++bit) bytes |= (planes[bit] >> eight * 8 & 255) << bit * 8;
+      // Sixteen channels fill the 16 bytes of a line once; the next sixteen stand above them, or in the next line.
+      const int sixteen = eight / 2, share = 8 / stored;
+      uint8_t* half = lines + sixteen / share * 64 + eight % 2 * 8;
+      uint64_t word;
+      std::memcpy(&word, half, 8);
+      word |= transposed(bytes) << sixteen % share * stored;
+      std::memcpy(half, &word, 8);
+    }
+  }
+}
+
+// The same for two planes, in two transpositions instead of eight: of 64 channels, bytes 0, 2, 4, 6 of both planes side
+// by side are the first eight bytes of codes, bytes 1, 3, 5, 7 the other eight.
+inline void pack_pairs(const uint8_t* low, const uint8_t* high, int shift, int64_t channels, uint8_t* lines) {
   constexpr uint64_t kEven = 0x00ff00ff00ff00ffu;
   for (int64_t first = 0; first < channels; first += kStep, low += 8, high += 8, lines += 64) {
     const int64_t count = smaller(kStep, channels - first);
@@ -67,8 +90,20 @@ inline void pack_codes(const uint8_t* low, const uint8_t* high, int shift, int64
   }
 }
 
+// The levels of one row and group, 128 added, or its zero point. `packed` is what levels_of finds.
+inline void pack_levels(const Neutral& from, const Geometry& g, int64_t record, uint8_t* packed) {
+  if (!g.table) {
+    *packed = from.zeros[record];
+    return;
+  }
+  for (int code = 0; code < 1 << g.bits; ++code) {
+    const int level = from.levels ? from.levels[(record << g.bits) + code] : code - static_cast<int>(from.zeros[record]);
+    packed[code] = static_cast<uint8_t>(level + 128);
+  }
+}
+
 void pack_tile(const Neutral& from, const Geometry& g, const TileLayout& layout, int64_t first_row, uint8_t* tile) {
-  const int64_t groups = g.groups(), plane_bytes = (g.normal() + 7) / 8;
+  const int64_t groups = g.groups(), plane_bytes = (g.normal() + 7) / 8, plane = g.rows * plane_bytes;
   const int64_t rows = smaller(kTileRows, g.rows - first_row);
   // All rows of a group together: they fill the same lines.
   for (int64_t index = 0; index < groups; ++index) {
@@ -77,14 +112,15 @@ void pack_tile(const Neutral& from, const Geometry& g, const TileLayout& layout,
     const int shift = static_cast<int>(first % 8);
     for (int64_t place = 0; place < rows; ++place) {
       const int64_t row = first_row + place, record = row * groups + index, slot = slot_of(place);
-      for (int code = 0; code < 4; ++code) {
-        const int level = from.levels ? from.levels[record * 4 + code] : code - static_cast<int>(from.zeros[record]);
-        group[TileLayout::kLevels + slot * 4 + code] = static_cast<uint8_t>(level + 128);
+      pack_levels(from, g, record, group + (g.table ? slot << g.stored() : place));
+      std::memcpy(group + layout.scales + place * 2, from.scales + record, 2);
+      const uint8_t* codes = from.codes + row * plane_bytes + first / 8;
+      uint8_t* lines = group + layout.codes + slot / 4 * g.width() * g.stored() / 2 + slot % 4 * 16;
+      if (g.bits == 2) {
+        pack_pairs(codes, codes + plane, shift, channels, lines);
+      } else {
+        pack_codes(codes, plane, shift, channels, g, lines);
       }
-      std::memcpy(group + TileLayout::kScales + place * 2, from.scales + record, 2);
-      const uint8_t* low = from.codes + row * plane_bytes + first / 8;
-      pack_codes(low, low + g.rows * plane_bytes, shift, channels,
-                 group + TileLayout::kCodes + slot / 4 * g.width() + slot % 4 * 16);
     }
   }
   pack_outliers(from, g, first_row, rows, tile + layout.outliers_at, tile + layout.outlier_scales_at);
@@ -127,12 +163,10 @@ void unpack(const uint8_t* packed, const Geometry& g, int64_t first, int64_t las
     for (int64_t index = 0; index < groups; ++index) {
       const uint8_t* group = place.tile + index * layout.group_bytes;
       uint16_t half;
-      std::memcpy(&half, group + TileLayout::kScales + place.row * 2, 2);
+      std::memcpy(&half, group + layout.scales + place.row * 2, 2);
       const float scale = half_to_float(half);
-      const uint8_t* levels = levels_of(group, place.row);
       for (int64_t channel = 0; channel < g.channels(index); ++channel) {
-        const int level = levels[code_at(group, g, place.row, channel)] - 128;
-        *out++ = static_cast<float>(level) * scale;
+        *out++ = static_cast<float>(level_at(group, g, place.row, channel)) * scale;
       }
     }
     float scale;

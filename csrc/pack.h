@@ -4,11 +4,11 @@
 
 namespace bitwright {
 
-// The stored tensors of one linear (docs/format.md). Two-bit codes; `levels` for free codebooks, `zeros` for uniform.
+// The stored tensors of one linear (docs/format.md): `levels` for free codebooks, `zeros` for uniform ones.
 struct Neutral {
-  const uint8_t* codes;           // [2][rows][ceil(normal / 8)]
+  const uint8_t* codes;           // [bits][rows][ceil(normal / 8)]
   const uint16_t* scales;         // [rows][groups], fp16
-  const int8_t* levels;           // [rows][groups][4], or null
+  const int8_t* levels;           // [rows][groups][2^bits], or null
   const uint8_t* zeros;           // [rows][groups], or null: the level of code c is c - zero
   const int8_t* outliers;         // [rows][outliers], or null
   const uint16_t* outlier_scales; // [rows], fp16, or null

@@ -24,11 +24,10 @@ float half_to_float(uint16_t half) {
 }
 
 int32_t level_sum(const uint8_t* group, const Geometry& g, int64_t row, int64_t index) {
-  const uint8_t* levels = levels_of(group, row);
   const int64_t channels = g.channels(index);
   int32_t sum = 0;
-  for (int64_t channel = 0; channel < channels; ++channel) sum += levels[code_at(group, g, row, channel)];
-  return sum - 128 * static_cast<int32_t>(channels);
+  for (int64_t channel = 0; channel < channels; ++channel) sum += level_at(group, g, row, channel);
+  return sum;
 }
 
 }  // namespace bitwright

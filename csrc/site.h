@@ -13,16 +13,22 @@
 namespace bitwright {
 
 constexpr int64_t kTileRows = 32;  // rows that are worked on together; the last tile is filled up with zero rows
-constexpr int64_t kStep = 64;      // channels of a row whose codes share 16 bytes
+constexpr int64_t kStep = 64;      // channels that groups are filled up to a multiple of
+constexpr int kByteBits = 4;       // inputs of so many bits are bytes; of more they are words of 16 bits
 
 template <typename T>
 BITWRIGHT_INLINE T smaller(T a, T b) { return a < b ? a : b; }
 
 BITWRIGHT_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Sizes of a site's weights. `rows` counts the outputs of all linears of the site together.
+// Sizes of a site's weights. `rows` counts the outputs of all linears of the site together. A code has `bits` 1 to 8; what
+// it stands for is looked up in a table of int8 levels (up to 4 bits; always up to 2), or is code - zero.
 struct Geometry {
   int64_t rows, columns, outliers, group;
+  int bits = 2;
+  bool table = true;
+
+  BITWRIGHT_INLINE int stored() const { return bits <= 2 ? 2 : (bits <= 4 ? 4 : 8); }  // bits of a code in a tile
 
   BITWRIGHT_INLINE int64_t normal() const { return columns - outliers; }
   BITWRIGHT_INLINE int64_t groups() const { return (normal() + group - 1) / group; }
@@ -39,14 +45,29 @@ struct Geometry {
 // reduce to sums in row order by additions inside lanes alone.
 BITWRIGHT_INLINE int64_t slot_of(int64_t row) { return (row & 16) | (row & 3) << 2 | ((row >> 2) & 3); }
 
-// Offsets in bytes inside one tile of packed weights: for each group levels, scales, codes; then the outliers. Levels
-// stand by slot, codes in lines of four slots and 64 channels, all lines of the same slots one after the other.
+// How weights are stored in a tile, known when a kernel is compiled.
+template <int kStored, bool kTabled>
+struct Form {
+  static constexpr int kBits = kStored;
+  static constexpr bool kTable = kTabled;
+  static constexpr int64_t kLevels = 0;
+  static constexpr int64_t kLevelBytes = kTabled ? int64_t{1} << kStored : 1;  // of a row; without a table its zero point
+  static constexpr int64_t kScales = kTabled ? kTileRows * kLevelBytes : 64;
+  static constexpr int64_t kCodes = kScales + 2 * kTileRows;
+  static constexpr int64_t kLines = kStored / 2;  // of 16 bytes a row, for 64 channels
+};
+using Pairs = Form<2, true>;  // two bits: the byte shuffle looks up pairs of codes
+
+// Offsets in bytes inside one tile of packed weights: for each group levels or zero points, scales, codes; then the
+// outliers. Levels stand by slot, zero points and scales by row, codes in lines of four slots and 128 / stored() channels,
+// all lines of the same slots one after the other.
 struct TileLayout {
-  static constexpr int64_t kLevels = 0, kScales = 128, kCodes = 192;
-  int64_t group_bytes, outliers_at, outlier_scales_at, bytes;
+  int64_t scales, codes, group_bytes, outliers_at, outlier_scales_at, bytes;
 
   BITWRIGHT_INLINE explicit TileLayout(const Geometry& g)
-      : group_bytes(kCodes + g.width() / kStep * kTileRows * 16),
+      : scales(g.table ? kTileRows << g.stored() : 64),
+        codes(scales + 2 * kTileRows),
+        group_bytes(codes + g.width() * g.stored() / 8 * kTileRows),
         outliers_at(g.groups() * group_bytes),
         outlier_scales_at(outliers_at + g.outlier_width() / 4 * 128),
         bytes(outlier_scales_at + kTileRows * 4) {}
@@ -54,8 +75,9 @@ struct TileLayout {
 
 // Quantized inputs of some tokens. A normal value is step * (code + rest), an outlier value outlier_step * code.
 //
-// `codes` holds c - z as int8, z clamped to 0..15; `rest` is what the clamp took off, nearly always 0. Because weights
-// are stored with 128 added, every sum over weights is 128 * sum(codes) too large: `shift` is what takes that off.
+// `codes` holds c - z as int8, z clamped to the codes' own range (0..15 for 4 bits); `rest` is what the clamp took off,
+// nearly always 0. Inputs of more than kByteBits stand in `words` instead. Because levels are stored with 128 added, every
+// sum over them is 128 * sum(codes) too large: `shift` is what takes that off.
 struct Activations {
   int64_t tokens;
   int8_t* codes;          // [groups][tokens][width]
@@ -65,13 +87,14 @@ struct Activations {
   int8_t* outliers;       // [tokens][outlier_width]
   float* outlier_step;    // [tokens]
   int32_t* outlier_shift; // [tokens]
+  int16_t* words = nullptr;  // [groups][tokens][width], or null
 };
 
 struct Quantizer {
   const int32_t* order;  // [columns], or null: channels are in site order already
   float cut;             // share of the range taken off at each end
-  int bits;
-  float share;  // not 0: no zero point, the codes span this share of -max..max of the magnitudes (Atom)
+  int bits;              // 1 to 8
+  float share;  // not 0: no zero point, the codes span this share of -max..max of the magnitudes (Atom); 2 bits at least
 };
 
 struct HeadRows;  // head/kernels.h
@@ -101,22 +124,34 @@ constexpr int64_t kTokenBlock = 96;
 constexpr int64_t kFewTokens = 4;
 
 // Bytes of scratch that a thread of the product needs: one group of decoded weights, integer and float sums of a tile,
-// its outliers in 16 bits; or the inputs of few tokens, every 16 bytes twice.
-BITWRIGHT_INLINE int64_t product_scratch(const Geometry& g) {
-  const int64_t many = kTileRows * g.width() + kTokenBlock * kTileRows * 8 + g.outlier_width() * (kTileRows + 1) * 2;
-  const int64_t few = kFewTokens * g.groups() * g.width() * 2;
+// its outliers in 16 bits; or the inputs of few tokens, every 16 bytes twice. Decoded weights are as wide as inputs.
+BITWRIGHT_INLINE int64_t product_scratch(const Geometry& g, const Activations& a) {
+  const int64_t unit = a.words ? 2 : 1;
+  const int64_t many =
+      kTileRows * g.width() * unit + kTokenBlock * kTileRows * 8 + g.outlier_width() * (kTileRows + 1) * 2;
+  const int64_t few = kFewTokens * g.groups() * g.width() * unit * 2;
   return round_up(many > few ? many : few, 64);
 }
 
-// A weight's code. The byte of channel c holds those of c, c + 16, c + 32 and c + 48 of its 64 channels.
+// A weight's code. Channel c of 128 / stored() stands in byte c % 16, the higher the channel the higher the bits.
 BITWRIGHT_INLINE int code_at(const uint8_t* group, const Geometry& g, int64_t row, int64_t channel) {
-  const int64_t slot = slot_of(row), line = slot / 4 * (g.width() / kStep) + channel / kStep;
-  return (group[TileLayout::kCodes + line * 64 + slot % 4 * 16 + channel % 16] >> (channel % kStep / 16 * 2)) & 3;
+  const TileLayout layout(g);
+  const int64_t bits = g.stored(), share = 128 / bits, slot = slot_of(row);
+  const int64_t line = slot / 4 * (g.width() / share) + channel / share;
+  const int byte = group[layout.codes + line * 64 + slot % 4 * 16 + channel % 16];
+  return (byte >> (channel % share / 16 * bits)) & ((1 << bits) - 1);
 }
 
-// A row's four levels in a group, 128 added to each.
-BITWRIGHT_INLINE const uint8_t* levels_of(const uint8_t* group, int64_t row) {
-  return group + TileLayout::kLevels + slot_of(row) * 4;
+// A row's levels in a group, 128 added to each; without a table its zero point.
+BITWRIGHT_INLINE const uint8_t* levels_of(const uint8_t* group, const Geometry& g, int64_t row) {
+  return group + (g.table ? slot_of(row) << g.stored() : row);
+}
+
+// A weight in units of its scale.
+BITWRIGHT_INLINE int level_at(const uint8_t* group, const Geometry& g, int64_t row, int64_t channel) {
+  const int code = code_at(group, g, row, channel);
+  const uint8_t* levels = levels_of(group, g, row);
+  return g.table ? levels[code] - 128 : code - *levels;
 }
 
 // Sum of a row's levels over the true channels of group `index`: needed only where `rest` is not 0.

@@ -41,8 +41,8 @@ def kernel_linear(x: Tensor, matrix: CodebookMatrix, recipe: ActivationRecipe, b
     scales = matrix.scales.double().T
     step, zero = quantized.step.double(), quantized.zero.double()  # [tokens, groups, 1]
     if recipe.balance == "none":
-        clamped = zero.clamp(0, 15)
-        sums = torch.einsum("tgc,rgc->tgr", (quantized.codes.double() - clamped) * inside, levels)
+        clamped = zero.clamp(0, 2**recipe.bits - 1)
+        sums = rounded(torch.einsum("tgc,rgc->tgr", (quantized.codes.double() - clamped) * inside, levels))
         factors, rest = rounded(scales * step), clamped - zero
     else:
         offset = rounded(-rounded(step * zero))

@@ -50,6 +50,16 @@ def test_kernels() -> None:
     printed = support.run_cli(*words, "--no-peers").out
     assert "192 x 96" in printed
     assert "torch bf16" not in printed
+    assert "2-bit codes, 4-bit inputs" in printed
+
+
+def test_kernels_of_other_widths() -> None:
+    words = ["bench", "kernels", "--shape", "tiny", "--tokens", "1", "--seconds", "0", "--no-peers", "--json"]
+    plain, wide = (
+        json.loads(support.run_cli(*words, *widths).out) for widths in ([], ["--weights", "8", "--activations", "8"])
+    )
+    assert [(row["weight_bits"], row["input_bits"]) for row in (plain[0], wide[0])] == [(2, 4), (8, 8)]
+    assert wide[0]["bytes"] > 2 * plain[0]["bytes"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-biases"])

@@ -25,12 +25,20 @@ BALANCES = ("none", "support")  # the byte kernel and the boolean product
 
 
 @pytest.fixture(
-    params=[*((name, "none") for name in (*MODELS, "qwen3")), ("llama", "support"), ("mistral", "symmetric")]
+    params=[
+        *((name, "none") for name in (*MODELS, "qwen3")),
+        ("llama", "support"),
+        ("mistral", "symmetric"),
+        ("llama", "4 x 8 bits"),
+    ]
 )
 def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
     name, balance = request.param
     if balance == "symmetric":
         return bitwright.load(artifact(name, "atom", {"weights.bits": 2}))
+    if balance == "4 x 8 bits":
+        widths = {"weights.bits": 4, "activations.bits": 8, "activations.balance": "none"}
+        return bitwright.load(artifact(name, "rtn", widths))
     return bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
 
 

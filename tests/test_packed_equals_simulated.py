@@ -106,6 +106,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "gptq", {"weights.bits": 2, "weights.symmetric": True, "activations": {}, "kv": {}}),
     ("qwen2", "rtn", {"weights.bits": 6, "weights.symmetric": True, "weights.range": "mse", "weights.group": 0}),
     ("llama", "rtn", {"weights.bits": 1, "weights.symmetric": True, "weights.outliers": 0, "weights.order": "none"}),
+    # Other widths of codes and inputs, on the kernels too.
+    ("llama", "bwa", {"weights.bits": 3, "activations.bits": 6, "activations.balance": "none"}),
+    ("mistral", "rtn", {"weights.bits": 4, "activations.bits": 3, "activations.balance": "none"}),
+    ("qwen2", "gptq", {"weights.bits": 8, "weights.symmetric": True, "activations": {"bits": 8, "balance": "none"}}),
+    ("llama_biases", "rtn", {"weights.bits": 5, "activations.bits": 1, "activations.balance": "none"}),
+    ("llama", "bwa", {"weights.bits": 1, "activations.bits": 5, "activations.balance": "none"}),
     ("llama", "wgm", {}),
     ("mistral", "wgm", {"weights.bits": 3, "weights.levels": "dp", "weights.penalty": 0.0, "weights.outliers": 16}),
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.

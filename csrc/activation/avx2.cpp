@@ -15,10 +15,16 @@ inline int32_t reduce_add(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
-}  // namespace
+inline void store_codes(int16_t* codes, __m128i words) { _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), words); }
 
-void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
-                   int64_t first, int64_t last) {
+inline void store_codes(int8_t* codes, __m128i words) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packs_epi16(words, words));
+}
+
+// `records`: where the codes go, int8 or int16 [groups][tokens][width].
+template <typename Code>
+void quantize(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, Code* records,
+              float* scratch, int64_t first, int64_t last) {
   const int64_t normal = g.normal(), width = g.width();
   const float top = static_cast<float>((1 << q.bits) - 1);
   const __m256 tops = _mm256_set1_ps(top);
@@ -27,7 +33,7 @@ void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const 
     for (int64_t index = 0; index < g.groups(); ++index) {
       const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
-      int8_t* codes = out.codes + place * width;
+      Code* codes = records + place * width;
       const Range range = range256(values, channels);
       const Grid grid = grid_of(range, q, top);
       const float inside = clamped(grid.zero, top);
@@ -45,7 +51,7 @@ void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const 
         }
         sums = _mm256_add_epi32(sums, code);
         const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packs_epi16(words, words));
+        store_codes(codes + i, words);
       }
       out.step[place] = range.finite ? grid.step : NAN;
       out.rest[place] = range.finite ? inside - grid.zero : 0.0f;
@@ -53,6 +59,14 @@ void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const 
     }
     quantize_outliers(row + normal, g, out, token);
   }
+}
+
+}  // namespace
+
+void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
+                   int64_t first, int64_t last) {
+  if (out.words) return quantize(x, g, q, out, out.words, scratch, first, last);
+  quantize(x, g, q, out, out.codes, scratch, first, last);
 }
 
 }  // namespace bitwright

@@ -7,8 +7,19 @@
 
 namespace bitwright {
 
-void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
-                   int64_t first, int64_t last) {
+namespace {
+
+inline void store_codes(int16_t* codes, int16x4_t words) { vst1_s16(codes, words); }
+
+inline void store_codes(int8_t* codes, int16x4_t words) {
+  const int8x8_t bytes = vmovn_s16(vcombine_s16(words, vdup_n_s16(0)));
+  vst1_lane_s32(reinterpret_cast<int32_t*>(codes), vreinterpret_s32_s8(bytes), 0);
+}
+
+// `records`: where the codes go, int8 or int16 [groups][tokens][width].
+template <typename Code>
+void quantize(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, Code* records,
+              float* scratch, int64_t first, int64_t last) {
   const int64_t normal = g.normal(), width = g.width();
   const float top = static_cast<float>((1 << q.bits) - 1);
   const float32x4_t zeros = vdupq_n_f32(0.0f), tops = vdupq_n_f32(top);
@@ -18,7 +29,7 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
     for (int64_t index = 0; index < g.groups(); ++index) {
       const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), whole = channels / 4 * 4, place = index * out.tokens + token;
-      int8_t* codes = out.codes + place * width;
+      Code* codes = records + place * width;
       float32x4_t lows = vdupq_n_f32(values[0]), highs = lows;
       uint32x4_t odd = vdupq_n_u32(0);
       for (int64_t i = 0; i < whole; i += 4) {
@@ -39,15 +50,14 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
           code = vminq_f32(vmaxq_f32(code, zeros), tops);
           const int32x4_t integers = vcvtq_s32_f32(vsubq_f32(code, insides));
           sum += vaddvq_s32(integers);
-          const int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(integers), vdup_n_s16(0)));
-          vst1_lane_s32(reinterpret_cast<int32_t*>(codes + i), vreinterpret_s32_s8(bytes), 0);
+          store_codes(codes + i, vmovn_s32(integers));
         }
       } else {
         for (int64_t i = 0; i < whole; ++i) codes[i] = 0;
       }
       for (int64_t i = whole; i < channels; ++i) {
         const float code = code_of(values[i], grid, top);
-        codes[i] = range.finite ? static_cast<int8_t>(code - inside) : 0;
+        codes[i] = range.finite ? static_cast<Code>(code - inside) : 0;
         sum += codes[i];
       }
       for (int64_t i = channels; i < width; ++i) codes[i] = 0;
@@ -57,6 +67,14 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
     }
     quantize_outliers(row + normal, g, out, token);
   }
+}
+
+}  // namespace
+
+void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
+                   int64_t first, int64_t last) {
+  if (out.words) return quantize(x, g, q, out, out.words, scratch, first, last);
+  quantize(x, g, q, out, out.codes, scratch, first, last);
 }
 
 }  // namespace bitwright

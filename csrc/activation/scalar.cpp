@@ -5,8 +5,12 @@
 
 namespace bitwright {
 
-void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
-                     int64_t first, int64_t last) {
+namespace {
+
+// `records`: where the codes go, int8 or int16 [groups][tokens][width].
+template <typename Code>
+void quantize(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, Code* records,
+              float* scratch, int64_t first, int64_t last) {
   const int64_t normal = g.normal(), width = g.width();
   const float top = static_cast<float>((1 << q.bits) - 1);
   for (int64_t token = first; token < last; ++token) {
@@ -14,7 +18,7 @@ void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, cons
     for (int64_t index = 0; index < g.groups(); ++index) {
       const float* values = row + index * g.group;
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
-      int8_t* codes = out.codes + place * width;
+      Code* codes = records + place * width;
       Range range{values[0], values[0], true};
       widen(range, values, 0, channels);
       const Grid grid = grid_of(range, q, top);
@@ -22,7 +26,7 @@ void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, cons
       int32_t sum = 0;
       for (int64_t i = 0; i < channels; ++i) {
         const float code = code_of(values[i], grid, top);
-        codes[i] = range.finite ? static_cast<int8_t>(code - inside) : 0;
+        codes[i] = range.finite ? static_cast<Code>(code - inside) : 0;
         sum += codes[i];
       }
       for (int64_t i = channels; i < width; ++i) codes[i] = 0;
@@ -32,6 +36,14 @@ void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, cons
     }
     quantize_outliers(row + normal, g, out, token);
   }
+}
+
+}  // namespace
+
+void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, const Activations& out, float* scratch,
+                     int64_t first, int64_t last) {
+  if (out.words) return quantize(x, g, q, out, out.words, scratch, first, last);
+  quantize(x, g, q, out, out.codes, scratch, first, last);
 }
 
 void quantize_outliers(const float* values, const Geometry& g, const Activations& out, int64_t token) {

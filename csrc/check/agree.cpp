@@ -17,6 +17,7 @@ namespace {
 struct Case {
   Geometry g;
   int64_t tokens;
+  int input_bits = 4;
 };
 
 uint8_t* aligned(std::vector<uint8_t>& memory) {
@@ -27,16 +28,18 @@ std::vector<float> run(const Kernels& kernels, const Case& c, unsigned seed, int
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   const Geometry& g = c.g;
-  std::vector<uint8_t> codes(2 * g.rows * ((g.normal() + 7) / 8));
+  std::vector<uint8_t> codes(g.bits * g.rows * ((g.normal() + 7) / 8)), zeros(g.rows * g.groups());
   std::vector<uint16_t> scales(g.rows * g.groups()), outlier_scales(g.rows);
-  std::vector<int8_t> levels(g.rows * g.groups() * 4), outliers(g.rows * g.outliers + 1);
+  std::vector<int8_t> levels(g.table ? g.rows * g.groups() << g.bits : 0), outliers(g.rows * g.outliers + 1);
   for (auto& byte : codes) byte = static_cast<uint8_t>(random());
   for (auto& half : scales) half = static_cast<uint16_t>(0x2000 + random() % 0x1000);
   for (auto& half : outlier_scales) half = static_cast<uint16_t>(0x2000 + random() % 0x1000);
   for (auto& level : levels) level = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
   for (auto& level : outliers) level = static_cast<int8_t>(random() % 256);
+  for (auto& zero : zeros) zero = static_cast<uint8_t>(random() % (1u << g.bits));
   std::vector<uint8_t> memory(packed_bytes(g) + 64);
-  pack(Neutral{codes.data(), scales.data(), levels.data(), nullptr, outliers.data(), outlier_scales.data()}, g,
+  const int8_t* tabled = g.table ? levels.data() : nullptr;
+  pack(Neutral{codes.data(), scales.data(), tabled, zeros.data(), outliers.data(), outlier_scales.data()}, g,
        aligned(memory), threads);
   std::vector<float> x(c.tokens * g.columns), bias(g.rows), y(c.tokens * g.rows, NAN);
   for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
@@ -45,7 +48,8 @@ std::vector<float> run(const Kernels& kernels, const Case& c, unsigned seed, int
   for (auto& value : bias) value = normal(random);
   std::vector<int32_t> order(g.columns);
   for (int64_t i = 0; i < g.columns; ++i) order[i] = static_cast<int32_t>(g.columns - 1 - i);
-  site_linear(kernels, x.data(), c.tokens, aligned(memory), g, Quantizer{order.data(), 0.01f, 4, 0.0f}, bias.data(),
+  const Quantizer quantizer{order.data(), 0.01f, c.input_bits, 0.0f};
+  site_linear(kernels, x.data(), c.tokens, aligned(memory), g, quantizer, bias.data(),
               y.data(), threads);
   return y;
 }
@@ -55,7 +59,13 @@ std::vector<float> run(const Kernels& kernels, const Case& c, unsigned seed, int
 int main() {
   const Case cases[] = {{{33, 300, 17, 64}, 1},   {{33, 300, 17, 64}, 5},  {{64, 256, 0, 128}, 13},
                         {{1, 41, 3, 24}, 2},      {{100, 520, 8, 256}, 98}, {{7, 9, 8, 8}, 9},
-                        {{128, 1000, 100, 128}, 1}};
+                        {{128, 1000, 100, 128}, 1},
+                        // Other widths of codes and inputs, each form of tiles with bytes and with words.
+                        {{33, 300, 17, 64, 1}, 3, 1}, {{70, 300, 17, 64, 2}, 30, 8}, {{70, 300, 17, 128, 2}, 1, 6},
+                        {{33, 300, 17, 64, 3}, 14, 4}, {{33, 309, 17, 128, 4}, 4, 8}, {{40, 300, 5, 24, 4, false}, 20, 4},
+                        {{40, 300, 5, 136, 3, false}, 2, 3}, {{33, 260, 0, 128, 4, false}, 40, 8},
+                        {{33, 260, 7, 64, 5, false}, 6, 2}, {{64, 309, 0, 128, 8, false}, 100, 4},
+                        {{33, 260, 7, 64, 8, false}, 3, 7}, {{70, 1100, 1, 1024, 8, false}, 33, 8}};
   const Kernels& scalar = find_variant("scalar")->kernels;
   int count, wrong = 0;
   const Variant* all = variants(&count);

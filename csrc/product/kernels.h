@@ -2,7 +2,7 @@
 //
 // All of them do the same float operations in the same order for each output, so they agree to the last bit, whatever
 // the number of tokens or threads:
-//     f = fma(D, scale * step, f)                       for each group, D the exact integer sum
+//     f = fma(D, scale * step, f)                       for each group, D the exact integer sum (beyond 2^24: rounded)
 //     f = fma(L, (scale * step) * rest, f)              where rest is not 0, L the sum of the group's levels
 //     f = fma(O, outlier_scale * outlier_step, f)       O the exact integer sum over the outliers
 //     y = f + bias

@@ -18,15 +18,14 @@ void product_scalar(const uint8_t* weights, const Geometry& g, const Activations
       float f = 0.0f;
       for (int64_t index = 0; index < g.groups(); ++index) {
         const uint8_t* group = tile + index * layout.group_bytes;
-        const uint8_t* levels = levels_of(group, place);
         const int64_t at = index * a.tokens + token;
-        const int8_t* codes = a.codes + at * width;
-        int32_t sum = a.shift[at];
-        for (int64_t channel = 0; channel < width; ++channel) {
-          sum += static_cast<int32_t>(levels[code_at(group, g, place, channel)]) * codes[channel];
+        int32_t sum = 0;
+        for (int64_t channel = 0; channel < g.channels(index); ++channel) {
+          const int input = a.words ? a.words[at * width + channel] : a.codes[at * width + channel];
+          sum += level_at(group, g, place, channel) * input;
         }
         uint16_t half;
-        std::memcpy(&half, group + TileLayout::kScales + place * 2, 2);
+        std::memcpy(&half, group + layout.scales + place * 2, 2);
         const float factor = half_to_float(half) * a.step[at];
         f = std::fmaf(static_cast<float>(sum), factor, f);
         if (a.rest[at] != 0.0f) {

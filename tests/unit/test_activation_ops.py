@@ -40,12 +40,13 @@ def values(parts: tuple[Tensor, ...], group: int) -> Tensor:
     outliers=st.sampled_from([0, 1, 3, 16, 33]),
     tokens=st.sampled_from([1, 2, 7, 40]),
     clip=st.sampled_from([1.0, 0.85]),
+    bits=st.sampled_from([4, 4, 4, 1, 2, 3, 5, 6, 7, 8]),
     symmetric=st.booleans(),
     spread=SPREADS,
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@examples(80)
+@examples(100)
 def test_every_backend_gives_the_same_integers_and_their_values(
     groups: int,
     group: int,
@@ -53,6 +54,7 @@ def test_every_backend_gives_the_same_integers_and_their_values(
     outliers: int,
     tokens: int,
     clip: float,
+    bits: int,
     symmetric: bool,
     spread: str,
     threads: int,
@@ -61,9 +63,11 @@ def test_every_backend_gives_the_same_integers_and_their_values(
     columns = groups * group - ragged + outliers
     x = spread_out(gaussian(tokens, columns, seed=seed), spread)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-    arguments = (order, outliers, group, clip, symmetric)
+    symmetric = symmetric and bits > 1
+    arguments = (order, outliers, group, clip, symmetric, bits)
     expected = by_reference(x, *arguments)
-    recipe = ActivationRecipe(balance="none", clip=clip, symmetric=symmetric)
+    assert expected[0].dtype == (torch.int8 if bits <= 4 else torch.int16)
+    recipe = ActivationRecipe(bits=bits, balance="none", clip=clip, symmetric=symmetric)
     assert torch.equal(values(expected, group), dequantized(x[:, order.long()], outliers, group, recipe))
     for name, found in on_every_variant(lambda: quantize_site(x, *arguments), threads).items():
         for part, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -140,4 +144,9 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     for outliers, group in ((40, 16), (-1, 16), (4, 0)):
         with pytest.raises(ValueError, match="40 columns cannot have"):
             quantize_site(x, None, outliers, group, 1.0)
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"inputs have 1 to 8 bits; found {bits}"):
+            quantize_site(x, None, 4, 16, 1.0, False, bits)
+    with pytest.raises(ValueError, match="inputs have 2 to 8 bits; found 1"):
+        quantize_site(x, None, 4, 16, 1.0, True, 1)
     assert native.native() is None or backend == native.native().chosen()

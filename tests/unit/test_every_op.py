@@ -18,7 +18,7 @@ from bitwright.runtime import planes, schemas, tiles
 from bitwright.runtime.kv_cache import encode
 
 from .test_site_products import a_matrix
-from .twins import gaussian
+from .twins import gaussian, random_matrix
 
 
 def arguments() -> dict[str, list[tuple[Any, ...]]]:
@@ -27,17 +27,28 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     assert matrix.permutation is not None
     order, bias, x = matrix.permutation.to(torch.int32), gaussian(32), gaussian(2, 3, 100)
     packed, counted = tiles.pack(matrix), planes.pack(matrix)
+    four, eight = (tiles.pack(random_matrix(32, 100, 32, "uniform", 4, 0, True, bits)) for bits in (4, 8))
     records = torch.cat([encode(gaussian(2, 6, 9), 4), torch.zeros(2, 2, 9, dtype=torch.uint8)], dim=1)
     wide = torch.cat([encode(gaussian(1, 6, 8), 4), torch.zeros(1, 2, 8, dtype=torch.uint8)], dim=1)
     upper, dead = torch.eye(40) + 0.1 * gaussian(40, 40).triu(), torch.arange(40) == 7
     return {
-        "site_linear": [(x, packed, order, bias, 32, 4, 32, 1.0), (x[0, :1], packed, None, None, 32, 4, 32, 0.9, True)],
+        "site_linear": [
+            (x, packed, order, bias, 32, 4, 32, 1.0),
+            (x[0, :1], packed, None, None, 32, 4, 32, 0.9, True),
+            (x, packed, order, None, 32, 4, 32, 1.0, False, 8),
+            (x, four, None, bias, 32, 4, 32, 1.0, False, 3, 4, False),
+            (x, eight, order, bias, 32, 4, 32, 0.9, True, 8, 8, False),
+        ],
         "site_planes": [
             (x, counted, order, bias, 32, 4, 32, 1.0, "support"),
             (x[0, :1], counted, None, None, 32, 4, 32, 0.9, "none"),
         ],
-        "quantize_site": [(x, order, 4, 32, 1.0), (x[0].T.contiguous().T, None, 0, 32, 0.9, True)],
-        "dequantize": [(packed, 32, 100, 4, 32)],
+        "quantize_site": [
+            (x, order, 4, 32, 1.0),
+            (x[0].T.contiguous().T, None, 0, 32, 0.9, True),
+            (x, order, 4, 32, 1.0, False, 8),
+        ],
+        "dequantize": [(packed, 32, 100, 4, 32), (eight, 32, 100, 4, 32, 8, False)],
         "dense_linear": [(x, gaussian(7, 100).bfloat16())],
         "head_linear": [
             (x, head.codes, head.scales, 32) for head in (quantize_outer(gaussian(7, 100), bits, 32) for bits in (8, 4))

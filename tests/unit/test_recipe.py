@@ -43,7 +43,7 @@ recipes = st.builds(
     activations=st.one_of(
         st.none(),
         st.builds(ActivationRecipe, balance=st.sampled_from(["support", "literal", "none"]), clip=st.floats(0.1, 1.0)),
-        st.just(ActivationRecipe(bits=8, balance="none")),
+        st.builds(ActivationRecipe, bits=st.integers(1, 8), balance=st.just("none")),
     ),
     kv=st.one_of(st.none(), st.builds(KVRecipe, bits=st.sampled_from([4, 8]))),
     calibration=st.builds(
@@ -220,7 +220,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": None}, "weights = None", "an object with the keys method, bits, group"),
     ({"kv": 4}, "kv = 4", "an object with the keys bits"),
     ({"activations": {"bits": 8}}, "activations: balance", "write balance = 'none' with bits = 8"),
-    ({"activations": {"bits": 5}}, "activations.bits = 5", "2, 3, 4 or 8"),
+    ({"activations": {"bits": 3}}, "activations: balance", "write balance = 'none' with bits = 3"),
+    ({"activations": {"bits": 0, "balance": "none"}}, "activations.bits = 0", "greater than or equal to 1"),
+    ({"activations": {"bits": 1, "balance": "none", "symmetric": True}}, "activations: one bit", "symmetric = false"),
+    ({"activations": {"bits": 9, "balance": "none"}}, "activations.bits = 9", "less than or equal to 8"),
     ({"activations": {"clip": 0}}, "activations.clip = 0", "greater than 0"),
     ({"kv": {"bits": 1}}, "kv.bits = 1", "greater than or equal to 2"),
     ({"calibration": {"length": 4}}, "length = 4 is too short", "write 8 or more"),

@@ -217,5 +217,6 @@ def test_what_does_not_fit_is_refused(backend: str, product: Product) -> None:
         run(x, packed, bias=gaussian(21))
     with pytest.raises(ValueError, match="float32"):
         run(x.double(), packed)
-    with pytest.raises(ValueError, match="2-bit"):
-        product.tiles.pack(random_matrix(4, 100, 32, "free", 4, 0, True, bits=3))
+    if product.tiles is planes:
+        with pytest.raises(ValueError, match="hold 2-bit codes; found 3"):
+            product.tiles.pack(random_matrix(4, 100, 32, "free", 4, 0, True, bits=3))

@@ -18,6 +18,8 @@ app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 def kernels(
     shape: list[str] = typer.Option(["llama-2-7b"], "--shape", help="llama-2-7b, llama-3-8b, qwen2.5-7b; repeatable"),
     tokens: str = typer.Option("1,4,16,128", help="numbers of tokens, comma-separated"),
+    weights: int = typer.Option(2, min=1, max=8, help="bits of a weight's code; above 2 with a zero point a group"),
+    activations: int = typer.Option(4, min=1, max=8, help="bits of an input channel"),
     threads: options.Threads = None,
     peers: bool = typer.Option(True, help="beside torch's bfloat16 and int8 products"),
     seconds: float = typer.Option(1.5, min=0.0, help="time for each measurement"),
@@ -44,7 +46,8 @@ def kernels(
     rows: list[dict[str, Any]] = []
     with console.counting("measuring", len(work)) as update:
         for done, (name, site, (height, width), count) in enumerate(work):
-            found = kernel_speed(height, width, count, peers=peers, seconds=seconds)
+            sizes, widths = (height, width, count), (weights, activations)
+            found = kernel_speed(*sizes, *widths, peers=peers, seconds=seconds)
             rows.append({"shape": name, "site": site, **found.to_dict()})
             update(done + 1)
     if as_json:
@@ -71,9 +74,10 @@ def kernels(
         )
     console.out.print(table)
     console.out.print(
-        f"{rows[0]['variant']}, {rows[0]['threads']} threads; medians of interleaved runs, activation quantization"
-        " included. over read: time over reading the same bytes; of peak: of the multiply-adds that the processor does"
-        " on registers alone at that moment; torch columns: their time over ours."
+        f"{weights}-bit codes, {activations}-bit inputs; {rows[0]['variant']}, {rows[0]['threads']} threads; medians of"
+        " interleaved runs, activation quantization included. over read: time over reading the same bytes; of peak: of"
+        " the multiply-adds of 2-bit codes and 4-bit inputs that the processor does on registers alone at that moment;"
+        " torch columns: their time over ours."
     )
 
 

@@ -24,7 +24,7 @@ from bitwright.evaluation.shapes import random_tiles
 from bitwright.native import native
 from bitwright.recipe import outlier_count
 from bitwright.runtime import ops
-from bitwright.runtime.tiles import Geometry
+from bitwright.runtime.tiles import geometry_of_sizes, has_table
 
 MEMORY = 256 << 20  # bytes that weights rotate through
 HOT_TOKENS = 16  # beyond so many tokens arithmetic is the limit, and two copies do
@@ -45,6 +45,8 @@ class KernelSpeed:
     bytes: int
     read_seconds: float
     peak_gigaflops: float | None
+    weight_bits: int = 2
+    input_bits: int = 4
     peers: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -107,10 +109,23 @@ def interleaved(candidates: dict[str, Callable[[int], Any]], seconds: float) -> 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def kernel_speed(rows: int, columns: int, tokens: int, *, peers: bool = True, seconds: float = 1.5) -> KernelSpeed:
-    """One site's product on random weights of the default recipe, on torch's number of threads."""
+def kernel_speed(
+    rows: int,
+    columns: int,
+    tokens: int,
+    weight_bits: int = 2,
+    input_bits: int = 4,
+    *,
+    peers: bool = True,
+    seconds: float = 1.5,
+) -> KernelSpeed:
+    """One site's product on random weights of the default recipe, on torch's number of threads.
+
+    Codes of up to two bits have free levels, wider ones equally spaced levels.
+    """
     module = require_native()
-    geometry = Geometry(rows, columns, outlier_count(columns, "auto"), 128)
+    table = has_table(weight_bits, "uniform")
+    geometry = geometry_of_sizes(rows, columns, outlier_count(columns, "auto"), 128, weight_bits, table)
     size = geometry.packed_bytes()
     copies = max(2, -(-MEMORY // size)) if tokens <= HOT_TOKENS else 2
     weights = [random_tiles(geometry) for _ in range(copies)]
@@ -120,7 +135,8 @@ def kernel_speed(rows: int, columns: int, tokens: int, *, peers: bool = True, se
 
     def ours(turn: int) -> Tensor:
         packed = weights[turn % copies]
-        y: Tensor = ops.site_linear(x, packed, order, None, rows, geometry.outliers, geometry.group, 1.0)
+        sizes = (rows, geometry.outliers, geometry.group)
+        y: Tensor = ops.site_linear(x, packed, order, None, *sizes, 1.0, False, input_bits, weight_bits, table)
         return y
 
     def read(turn: int) -> None:
@@ -137,7 +153,8 @@ def kernel_speed(rows: int, columns: int, tokens: int, *, peers: bool = True, se
     peak = 2 * multiplied / found["peak"] / 1e9 if "peak" in found else None
     others = {name: found[name] for name in candidates if name not in ("ours", "read", "peak")}
     times = (found["ours"], size, found["read"])
-    return KernelSpeed(rows, columns, tokens, threads, module.chosen(), *times, peak, others)
+    widths = (weight_bits, input_bits)
+    return KernelSpeed(rows, columns, tokens, threads, module.chosen(), *times, peak, *widths, others)
 
 
 def _peers(x: Tensor, rows: int, columns: int, tokens: int) -> dict[str, Callable[[int], Any]]:

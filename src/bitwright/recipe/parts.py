@@ -158,7 +158,7 @@ class TransformRecipe(Part):
 class ActivationRecipe(Part):
     """The dynamic quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: int = Field(4, ge=1, le=8, description="of a channel's code; 4 is the paper's 4x1")
     balance: Literal["support", "literal", "none"] = Field(
         "support", description="free plane scales: averaged over the plane's support, over all positions, or not at all"
     )
@@ -171,6 +171,8 @@ class ActivationRecipe(Part):
             raise ValueError(f"balance is defined for 4 planes only; write balance = 'none' with bits = {self.bits}")
         if self.symmetric and self.balance != "none":
             raise ValueError("balance is for codes with a zero point; write balance = 'none' with symmetric = true")
+        if self.symmetric and self.bits == 1:
+            raise ValueError("one bit has no codes around 0; write symmetric = false with bits = 1")
         return self
 
 

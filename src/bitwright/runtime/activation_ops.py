@@ -1,12 +1,10 @@
 """Activation quantization as an op of its own: what `site_linear` does to its inputs before it multiplies.
 
-For looking at what the 4-bit inputs of a site are, and for building another product on them. The integers are those
+For looking at what the quantized inputs of a site are, and for building another product on them. The integers are those
 that the byte kernels multiply: a normal channel is `step * (code + rest)`, an outlier channel `outlier_step * code`.
 """
 
 from __future__ import annotations
-
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,20 +12,25 @@ from torch import Tensor
 from bitwright.activations import quantize_groups, quantize_outliers
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.ops import check_inputs, cut, share
-from bitwright.runtime.schemas import kernel
+from bitwright.runtime.ops import check_input_bits, check_inputs, cut, share
+from bitwright.runtime.schemas import input_dtype, kernel
 from bitwright.runtime.tiles import Geometry
-
-BITS: Final = 4
 
 
 @kernel("quantize_site")
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, symmetric: bool = False
+    x: Tensor,
+    order: Tensor | None,
+    outliers: int,
+    group: int,
+    clip: float,
+    symmetric: bool = False,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x fp32 [..., columns] in the model's channel order -> its 4-bit integers, channels in site order.
+    """x fp32 [..., columns] in the model's channel order -> its integers of 1 to 8 bits, channels in site order.
 
-        codes          int8 [..., columns - outliers]  c - z of BWA, eq. 3, with z clamped to 0..15
+        codes          int8 [..., columns - outliers]  c - z of BWA, eq. 3, with z clamped to 0..2**bits - 1; int16
+                                                       where `bits` is more than 4
         step           fp32 [..., groups]              mu
         rest           fp32 [..., groups]              what the clamp took off z: 0 but where a group has one sign
         outlier_codes  int8 [..., outliers]            symmetric, -127..127
@@ -35,23 +38,24 @@ def _quantize_site(
 
     Channel i of the normal ones has the value step[i // group] * (codes[i] + rest[i // group]), which is what
     `activations.quantize_site` returns; where |z| is above 2^24 (a group of values that are equal but for their last
-    bits) fp32 cannot hold z - 15, and the two may differ in the last bit. A group with a value that is not finite has
-    step NaN and codes 0, as have the outliers of such a token.
+    bits) fp32 cannot hold z - (2**bits - 1), and the two may differ in the last bit. A group with a value that is not
+    finite has step NaN and codes 0, as have the outliers of such a token.
 
     `order` is int32 [columns], the channel that stands at each place of the site order, or None; `clip` and `symmetric`
-    as in ActivationRecipe (symmetric: z is 8 and rest 0). Raises ValueError for what does not fit.
+    as in ActivationRecipe (symmetric: z is 2**(bits - 1) and rest 0). Raises ValueError for what does not fit.
     """
     columns = x.shape[-1] if x.dim() else 0
     if not 0 <= outliers < columns or group < 1:
         raise ValueError(f"{columns} columns cannot have {outliers} outliers and groups of {group}")
     check_inputs(x, order, columns)
+    check_input_bits(bits, symmetric)
     geometry, batch = Geometry(0, columns, outliers, group), x.shape[:-1]
     quantize = _reference if native() is None else _native
     codes, step, rest, outlier_codes, outlier_step = quantize(
         x.reshape(-1, columns),
         order,
         geometry,
-        ActivationRecipe(bits=BITS, balance="none", clip=clip, symmetric=symmetric),
+        ActivationRecipe(bits=bits, balance="none", clip=clip, symmetric=symmetric),
     )
     return (
         codes.reshape(*batch, geometry.normal),
@@ -67,7 +71,7 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: Activat
     x = x.contiguous()
     order = None if order is None else order.contiguous()
     tokens, groups = len(x), geometry.groups
-    codes = torch.empty((groups, tokens, geometry.width), dtype=torch.int8)
+    codes = torch.empty((groups, tokens, geometry.width), dtype=input_dtype(recipe.bits))
     step, rest = torch.empty(groups, tokens), torch.empty(groups, tokens)
     shift = torch.empty((groups, tokens), dtype=torch.int32)  # only the product wants these
     outlier_codes = torch.empty((tokens, -(-geometry.outliers // 4) * 4), dtype=torch.int8)
@@ -80,7 +84,7 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: Activat
         geometry.group,
         0 if order is None else order.data_ptr(),
         cut(recipe.clip),
-        BITS,
+        recipe.bits,
         share(recipe.clip, recipe.symmetric),
         *(part.data_ptr() for part in (codes, step, rest, shift, outlier_codes, outlier_step, outlier_shift)),
         torch.get_num_threads(),
@@ -98,7 +102,7 @@ def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: Acti
     found = quantize_groups(normal, geometry.group, recipe)
     filled = torch.nn.functional.pad(normal, (0, geometry.groups * geometry.group - geometry.normal))
     finite = filled.unflatten(1, (geometry.groups, -1)).isfinite().all(dim=-1, keepdim=True)
-    inside = found.zero.clamp(0, 2**BITS - 1)
+    inside = found.zero.clamp(0, 2**recipe.bits - 1)
     codes = torch.where(finite, found.codes - inside, 0.0).nan_to_num(0.0)
     step, rest = torch.where(finite, found.step, torch.nan), torch.where(finite, inside - found.zero, 0.0)
     integers, scale = outliers, torch.zeros(len(x))
@@ -106,7 +110,7 @@ def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: Acti
         finite = outliers.isfinite().all(dim=-1, keepdim=True)
         integers, steps = quantize_outliers(outliers)
         integers, scale = torch.where(finite, integers, 0.0), torch.where(finite, steps, torch.nan).squeeze(-1)
-    codes = codes.flatten(1)[:, : geometry.normal].to(torch.int8)
+    codes = codes.flatten(1)[:, : geometry.normal].to(input_dtype(recipe.bits))
     return codes.contiguous(), step.squeeze(-1), rest.squeeze(-1), integers.to(torch.int8), scale
 
 

@@ -138,8 +138,10 @@ class QuantizedLinear(nn.Module):
 
     @property
     def geometry(self) -> tiles.Geometry:
-        made = planes.PlaneGeometry if self.counts_planes else tiles.Geometry
-        return made(self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group)
+        sizes = self.spec.rows, self.spec.columns, self.spec.outliers, self.spec.group
+        if self.counts_planes:
+            return planes.PlaneGeometry(*sizes)
+        return tiles.Geometry(*sizes, self.spec.bits, tiles.has_table(self.spec.bits, self.spec.kind))
 
     def _unpacked(self) -> dict[str, Tensor]:
         assert self.packed is not None
@@ -151,11 +153,12 @@ class QuantizedLinear(nn.Module):
     @property
     def packable(self) -> bool:
         """Whether the native kernels compute exactly what the recipe says, here and now."""
-        inputs = self.activations
-        fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
+        if self.activations is None:
+            return False
+        # Planes are counted apart for the paper's two-bit codes alone.
+        fits = tiles.serves(self.spec.bits, self.spec.kind) and (self.spec.bits == 2 or not self.counts_planes)
         fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
-        fits = fits and self.spec.kind != "salient"  # two codebooks a group: the tiles hold one
         return fits and self.weight.device.type == "cpu" and native() is not None
 
     def pack(self, out: Tensor | None = None) -> None:
@@ -218,6 +221,9 @@ class QuantizedLinear(nn.Module):
             if self.counts_planes:
                 rest = (spec.outliers, spec.group, inputs.clip, inputs.balance)
                 op, eager = plane_ops.site_planes, plane_ops.site_planes_eager
+            else:
+                geometry = self.geometry
+                rest = (*rest, inputs.bits, geometry.bits, geometry.table)
             self._kernel = Kernel(op, eager, order, bias, rest, spec.transform)
         return self._kernel
 

@@ -79,10 +79,11 @@ class NativeBlocks:
     def _site(self, site: Site) -> Any:
         module: Any = native()
         kernel = site.kernel
-        outliers, group, clip, setting = kernel.rest  # of the planes their balance, of the tiles whether symmetric
+        outliers, group, clip, setting, *widths = kernel.rest  # setting: of planes their balance, of tiles if symmetric
         balance = setting if isinstance(setting, str) else None
+        input_bits, *form = widths or (4, 2, True)
         made = PlaneGeometry if balance else Geometry
-        geometry = made(site.rows, site.columns, outliers, group)
+        geometry = made(site.rows, site.columns, outliers, group, *form)
         check(torch.empty((0, site.columns)), site.packed, kernel.order, kernel.bias, geometry)
         return module.Site(
             self._address(site.packed),
@@ -90,10 +91,12 @@ class NativeBlocks:
             site.columns,
             outliers,
             group,
+            *form,
             self._address(kernel.order),
             self._address(kernel.bias),
             cut(clip),
             0.0 if balance else share(clip, setting),
+            input_bits,
             plane_ops.NATIVE.index(balance) if balance else -1,
             kernel.hadamard.size if kernel.hadamard else 0,
             kernel.hadamard.normal if kernel.hadamard else 0,

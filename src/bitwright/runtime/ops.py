@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitwright.activations import quantize_site
-from bitwright.codebook import CodebookMatrix
+from bitwright.codebook import CodebookMatrix, Kind
 from bitwright.native import native
 from bitwright.outer import ROWS_AT_ONCE, OuterMatrix, outer_matrix_shapes
 from bitwright.recipe import ActivationRecipe
@@ -49,6 +49,16 @@ def check_inputs(x: Tensor, order: Tensor | None, columns: int) -> None:
         raise ValueError(f"order must be int32 [{columns}]; found {order.dtype} {list(order.shape)}")
 
 
+def check_input_bits(bits: int, symmetric: bool) -> None:
+    if not 1 + symmetric <= bits <= 8:
+        raise ValueError(f"inputs have {1 + symmetric} to 8 bits; found {bits}")
+
+
+def kind_of(table: bool) -> Kind:
+    """The kind of codebook that tiles hold, whatever they were packed from."""
+    return "free" if table else "uniform"
+
+
 def check(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor | None, geometry: Geometry) -> None:
     """What the native kernel relies on; raises ValueError."""
     _check_packed(packed, geometry)
@@ -68,16 +78,26 @@ def site_linear_eager(
     group: int,
     clip: float,
     symmetric: bool = False,
+    input_bits: int = 4,
+    bits: int = 2,
+    table: bool = True,
 ) -> Tensor:
-    """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
-    geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group)
+    """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site.
+
+    Inputs are quantized to `input_bits`, 1 to 8 (`symmetric`: 2 to 8), as `activations.quantize_site` does without
+    balance. `packed` is what `tiles.pack` made of codes of `bits`, 1 to 8, with a table of levels (up to 4 bits) or
+    zero points (from 3 bits on).
+    Any pair of widths: sums of integers are exact.
+    """
+    geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group, bits, table)
     check(x, packed, order, bias, geometry)
+    check_input_bits(input_bits, symmetric)
     module = native()
     if module is None:
-        recipe = ActivationRecipe(bits=4, balance="none", clip=clip, symmetric=symmetric)
-        return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
-    setting = (cut(clip), 4, share(clip, symmetric))
-    return run_site(module.site_linear, x, packed, order, bias, geometry, setting)
+        recipe = ActivationRecipe(bits=input_bits, balance="none", clip=clip, symmetric=symmetric)
+        return site_reference(x, unpack(packed, geometry, kind_of(table)), order, bias, geometry, recipe)
+    setting = (cut(clip), input_bits, share(clip, symmetric))
+    return run_site(module.site_linear, x, packed, order, bias, geometry, setting, bits, table)
 
 
 def run_site(
@@ -88,8 +108,12 @@ def run_site(
     bias: Tensor | None,
     geometry: Geometry,
     setting: tuple[float, ...],
+    *form: int,
 ) -> Tensor:
-    """Call the native product of either kind of tiles on checked tensors; `setting` is what its quantizer wants."""
+    """Call the native product of either kind of tiles on checked tensors.
+
+    `setting` is what its quantizer wants; `form` what tiles of bytes have: bits of codes, table.
+    """
     # Everything here is paid at every call: hence one look at the shape, and sizes as arguments instead of a tuple.
     x = x.contiguous()
     order = None if order is None else order.contiguous()
@@ -110,6 +134,7 @@ def run_site(
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),
+        *form,
     )
     return y if len(shape) == 2 else y.view(*shape[:-1], geometry.rows)
 
@@ -132,16 +157,17 @@ def site_reference(
 
 
 def _dense(stored: dict[str, Tensor], geometry: Geometry) -> Tensor:
-    """Stored tensors with free levels -> fp32 [rows, columns] in site order."""
+    """What `unpack` gives for kind_of(geometry.table) -> fp32 [rows, columns] in site order."""
     matrix = CodebookMatrix(
         rows=geometry.rows,
         columns=geometry.columns,
-        bits=2,
+        bits=geometry.bits,
         group=geometry.group,
-        kind="free",
+        kind=kind_of(geometry.table),
         planes=stored["codes"],
         scales=stored["scales"],
-        levels=stored["levels"],
+        levels=stored.get("levels"),
+        zeros=stored.get("zeros"),
         outliers=stored.get("outliers"),
         outlier_scales=stored.get("outlier_scales"),
     )
@@ -192,15 +218,17 @@ def head_linear_eager(x: Tensor, codes: Tensor, scales: Tensor, group: int) -> T
 
 
 @kernel("dequantize")
-def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
-    """Packed weights of a site -> fp32 [rows, columns] in site order, exact."""
-    geometry = Geometry(rows, columns, outliers, group)
+def _dequantize(
+    packed: Tensor, rows: int, columns: int, outliers: int, group: int, bits: int = 2, table: bool = True
+) -> Tensor:
+    """Packed weights of a site -> fp32 [rows, columns] in site order, exact; `bits` and `table` as in site_linear."""
+    geometry = geometry_of_sizes(rows, columns, outliers, group, bits, table)
     _check_packed(packed, geometry)
     module = native()
     if module is None:
-        return _dense(unpack(packed, geometry, "free"), geometry)
+        return _dense(unpack(packed, geometry, kind_of(table)), geometry)
     weights = torch.empty((rows, columns), dtype=torch.float32)
-    sizes = (rows, columns, outliers, group)
+    sizes = (rows, columns, outliers, group, bits, table)
     module.unpack(packed.data_ptr(), *sizes, 0, rows, weights.data_ptr(), torch.get_num_threads())
     return weights
 

@@ -50,7 +50,7 @@ def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
     """A matrix of two-bit codes -> its tiles, uint8 [packed bytes], in `out` (zeros) where that is given."""
     geometry = geometry_of(matrix)
     if matrix.bits != 2:
-        raise ValueError(f"tiles hold 2-bit codes; found {matrix.bits}")
+        raise ValueError(f"tiles of bit planes hold 2-bit codes; found {matrix.bits}")
     matrix = matrix.expanded()
     packed = torch.zeros(geometry.packed_bytes(), dtype=torch.uint8) if out is None else out
     module = native()

@@ -55,6 +55,11 @@ def kernel(name: str) -> Callable[[_Function], _Function]:
     return register
 
 
+def input_dtype(bits: int) -> torch.dtype:
+    """Of quantized inputs: bytes up to 4 bits (csrc/site.h, kByteBits), else words."""
+    return torch.int8 if bits <= 4 else torch.int16
+
+
 def require_float32(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
@@ -66,7 +71,7 @@ def require_float32(**tensors: Tensor) -> None:
 
 @_op(
     "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
-    " bool symmetric=False) -> Tensor"
+    " bool symmetric=False, int input_bits=4, int bits=2, bool table=True) -> Tensor"
 )
 @_op(
     "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
@@ -77,16 +82,22 @@ def _rows_of_site(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor 
 
 
 @_op(
-    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, bool symmetric=False)"
+    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, bool symmetric=False, int bits=4)"
     " -> (Tensor codes, Tensor step, Tensor rest, Tensor outlier_codes, Tensor outlier_step)"
 )
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, symmetric: bool = False
+    x: Tensor,
+    order: Tensor | None,
+    outliers: int,
+    group: int,
+    clip: float,
+    symmetric: bool = False,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *batch, columns = x.shape
     groups = group_count(columns - outliers, group)
     return (
-        x.new_empty((*batch, columns - outliers), dtype=torch.int8),
+        x.new_empty((*batch, columns - outliers), dtype=input_dtype(bits)),
         x.new_empty((*batch, groups)),
         x.new_empty((*batch, groups)),
         x.new_empty((*batch, outliers), dtype=torch.int8),
@@ -94,8 +105,8 @@ def _quantize_site(
     )
 
 
-@_op("dequantize(Tensor packed, int rows, int columns, int outliers, int group) -> Tensor")
-def _dequantize(packed: Tensor, rows: int, columns: int, outliers: int, group: int) -> Tensor:
+@_op("dequantize(Tensor packed, int rows, int columns, int outliers, int group, int bits=2, bool table=True) -> Tensor")
+def _dequantize(packed: Tensor, rows: int, columns: int, *_: Any) -> Tensor:
     return packed.new_empty((rows, columns), dtype=torch.float32)
 
 

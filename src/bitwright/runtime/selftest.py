@@ -95,6 +95,13 @@ def _products() -> list[_Case]:
         y: Tensor = ops.site_linear(x[:tokens], packed, order, None, matrix.rows, 13, 64, 1.0)
         return y
 
+    spaced = {bits: tiles.pack(_matrix(rows=77, columns=300, outliers=13, group=64, bits=bits)) for bits in (4, 8)}
+
+    def widths(bits: int, input_bits: int, tokens: int) -> Tensor:
+        rest = (matrix.rows, 13, 64, 1.0, False, input_bits, bits, False)
+        y: Tensor = ops.site_linear(x[:tokens], spaced[bits], order, None, *rest)
+        return y
+
     def boolean(tokens: int) -> Tensor:
         y: Tensor = plane_ops.site_planes(x[:tokens], counted, order, None, matrix.rows, 13, 64, 1.0, "support")
         return y
@@ -103,6 +110,9 @@ def _products() -> list[_Case]:
         ("site_linear, 1 token", lambda: linear(1), 0.0),
         ("site_linear, 5 tokens", lambda: linear(5), 0.0),
         ("site_linear, 101 tokens", lambda: linear(101), 0.0),
+        ("site_linear, 4 x 4 bits", lambda: widths(4, 4, 101), 0.0),
+        ("site_linear, 4 x 8 bits", lambda: widths(4, 8, 101), 0.0),
+        ("site_linear, 8 x 8 bits", lambda: widths(8, 8, 5), 0.0),
         ("site_planes, 1 token", lambda: boolean(1), 0.0),
         ("site_planes, 101 tokens", lambda: boolean(101), 0.0),
         ("head_linear, 8 bits", lambda: head(8, 1), 0.0),
@@ -198,7 +208,8 @@ def _solver() -> list[_Case]:
     ]
 
 
-def _matrix(rows: int, columns: int, outliers: int, group: int) -> CodebookMatrix:
+def _matrix(rows: int, columns: int, outliers: int, group: int, bits: int = 2) -> CodebookMatrix:
+    """Free levels of two-bit codes, equally spaced ones of others."""
     generator = torch.Generator().manual_seed(0)
     normal = columns - outliers
     groups = -(-normal // group)
@@ -209,12 +220,13 @@ def _matrix(rows: int, columns: int, outliers: int, group: int) -> CodebookMatri
     return CodebookMatrix(
         rows=rows,
         columns=columns,
-        bits=2,
+        bits=bits,
         group=group,
-        kind="free",
-        planes=pack_planes(integers(0, 4, rows, normal).to(torch.uint8), 2),
+        kind="free" if bits == 2 else "uniform",
+        planes=pack_planes(integers(0, 2**bits, rows, normal).to(torch.uint8), bits),
         scales=(torch.rand(rows, groups, generator=generator) + 0.01).half(),
-        levels=integers(-127, 128, rows, groups, 4).to(torch.int8),
+        levels=integers(-127, 128, rows, groups, 4).to(torch.int8) if bits == 2 else None,
+        zeros=None if bits == 2 else integers(0, 2**bits, rows, groups).to(torch.uint8),
         outliers=integers(-127, 128, rows, outliers).to(torch.int8),
         outlier_scales=(torch.rand(rows, generator=generator) + 0.01).half(),
     )

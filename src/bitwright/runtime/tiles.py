@@ -20,18 +20,29 @@ PACKED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
 STORED = (*PACKED, "table", "salient", "salient_levels", "salient_scales")
 TILE_ROWS = 32
-STEP = 64  # channels of a row whose codes share 16 bytes
-_LEVELS, _SCALES, _CODES = 0, 128, 192
+STEP = 64  # channels that groups are filled up to a multiple of
+_ZEROS = 64  # bytes of a group's zero points, half of them unused
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of packed weights: of one linear, or of all linears of a site, each filled up to whole tiles."""
+    """Sizes of packed weights: of one linear, or of all linears of a site, each filled up to whole tiles.
+
+    `table`: the tiles hold the levels of every code, 2**stored of them, and not a zero point. Codes of one or two bits
+    always have a table; those of more than four never have.
+    """
 
     rows: int
     columns: int
     outliers: int
     group: int
+    bits: int = 2
+    table: bool = True
+
+    @property
+    def stored(self) -> int:
+        """Bits that a code takes in a tile."""
+        return 2 if self.bits <= 2 else 4 if self.bits <= 4 else 8
 
     @property
     def normal(self) -> int:
@@ -47,12 +58,25 @@ class Geometry:
         return -(-self.group // STEP) * STEP
 
     @property
+    def scales_at(self) -> int:
+        return TILE_ROWS << self.stored if self.table else _ZEROS
+
+    @property
+    def codes_at(self) -> int:
+        return self.scales_at + TILE_ROWS * 2
+
+    @property
     def group_bytes(self) -> int:
-        return _CODES + self.width // STEP * TILE_ROWS * 16
+        return self.codes_at + self.width * self.stored // 8 * TILE_ROWS
 
     @property
     def tile_bytes(self) -> int:
         return self.groups * self.group_bytes + -(-self.outliers // 4) * 128 + TILE_ROWS * 4
+
+    @property
+    def shifts(self) -> range:
+        """Of the codes that share a byte, the lower channel first."""
+        return range(0, 8, self.stored)
 
     def packed_bytes(self) -> int:
         return self._packed_bytes
@@ -63,26 +87,48 @@ class Geometry:
 
 
 @cache
-def geometry_of_sizes(rows: int, columns: int, outliers: int, group: int) -> Geometry:
-    """The one Geometry of these sizes: a call of an op on few tokens would spend a tenth of its time on making one."""
-    return Geometry(rows, columns, outliers, group)
+def geometry_of_sizes(
+    rows: int, columns: int, outliers: int, group: int, bits: int = 2, table: bool = True
+) -> Geometry:
+    """The one Geometry of these sizes: a call of an op on few tokens would spend a tenth of its time on making one.
+
+    Raises ValueError for codes that tiles do not hold.
+    """
+    if not 1 <= bits <= 8 or (bits <= 2 and not table) or (bits > 4 and table):
+        what = "levels of their own" if table else "zero points"
+        raise ValueError(f"tiles hold codes of up to 4 bits with a table, of 3 to 8 without; found {bits} with {what}")
+    return Geometry(rows, columns, outliers, group, bits, table)
+
+
+def has_table(bits: int, kind: Kind) -> bool:
+    """Whether tiles of such codes hold levels, and not zero points."""
+    return bits <= 2 or kind in ("free", "shared")
+
+
+def serves(bits: int, kind: Kind) -> bool:
+    """Whether tiles hold such codes: a byte shuffle looks up sixteen levels at most, and a group has one codebook."""
+    return kind != "salient" and (bits <= 4 or not has_table(bits, kind))
 
 
 def geometry_of(matrix: CodebookMatrix) -> Geometry:
-    return Geometry(matrix.rows, matrix.columns, matrix.outlier_columns, matrix.group)
+    """Raises ValueError for a matrix that tiles do not hold."""
+    sizes = matrix.rows, matrix.columns, matrix.outlier_columns, matrix.group
+    return geometry_of_sizes(*sizes, matrix.bits, has_table(matrix.bits, matrix.kind))
 
 
 def pack(matrix: CodebookMatrix, out: Tensor | None = None) -> Tensor:
-    """A matrix of two-bit codes -> its tiles, uint8 [packed bytes], in `out` (zeros) where that is given."""
+    """A matrix -> its tiles, uint8 [packed bytes], in `out` (zeros) where that is given.
+
+    Raises ValueError for free levels of more than 4 bits, and for a shared table that is not on the int8 grid.
+    """
     geometry = geometry_of(matrix)
-    if matrix.bits != 2:
-        raise ValueError(f"tiles hold 2-bit codes; found {matrix.bits}")
     matrix = matrix.expanded()
     packed = torch.zeros(geometry.packed_bytes(), dtype=torch.uint8) if out is None else out
     module = native()
     if module is None:
         return pack_reference(matrix, geometry, packed)
-    module.pack(*addresses(matrix), packed.data_ptr(), torch.get_num_threads())
+    form = (geometry.bits, geometry.table)
+    module.pack(*addresses(matrix), *form, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
@@ -107,17 +153,22 @@ def pack_reference(matrix: CodebookMatrix, geometry: Geometry, packed: Tensor) -
     matrix = matrix.expanded()
     assert matrix.scales is not None
     view = Views(packed, geometry)
-    tiles = view.levels.shape[0]
-    levels = in_tiles(matrix.integer_levels().to(torch.int16) + 128, tiles).unflatten(1, (2, 4, 4))
-    view.levels.copy_(levels.movedim(4, 1))
+    tiles = len(view.outlier_scales)
+    if geometry.table:
+        levels = matrix.integer_levels().to(torch.int16) + 128
+        levels = torch.nn.functional.pad(levels, (0, 2**geometry.stored - 2**geometry.bits))
+        view.levels.copy_(in_tiles(levels, tiles).unflatten(1, (2, 4, 4)).movedim(4, 1))
+    else:
+        assert matrix.zeros is not None
+        view.zeros.copy_(in_tiles(matrix.zeros, tiles).transpose(1, 2))
     view.scales.copy_(in_tiles(matrix.scales, tiles).transpose(1, 2))
     codes = in_tiles(matrix.codes(), tiles)
     # Fill up the ragged last group, then groups that are no whole number of steps.
     codes = torch.nn.functional.pad(codes, (0, geometry.groups * geometry.group - geometry.normal))
     codes = codes.unflatten(-1, (geometry.groups, geometry.group))
     codes = torch.nn.functional.pad(codes, (0, geometry.width - geometry.group))
-    bits = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).unsqueeze(-1)
-    codes = (codes.unflatten(-1, (-1, 4, 16)) << bits).sum(dim=-2)  # [tiles, rows, groups, steps, byte]
+    shifts = torch.tensor(geometry.shifts, dtype=torch.uint8).unsqueeze(-1)
+    codes = (codes.unflatten(-1, (-1, len(shifts), 16)) << shifts).sum(dim=-2)  # [tiles, rows, groups, lines, byte]
     view.codes.copy_(codes.unflatten(1, (2, 4, 4)).movedim(4, 1))
     pack_outliers(matrix, view.outliers, view.outlier_scales)
     return packed
@@ -151,16 +202,22 @@ def unpack(packed: Tensor, geometry: Geometry, kind: Kind) -> dict[str, Tensor]:
     def rows(tensor: Tensor) -> Tensor:  # [tiles, groups, sixteen, lane, slot, ...] -> [rows, groups, ...]
         return tensor.movedim(1, 4).flatten(0, 3)[: geometry.rows]
 
-    codes = torch.stack([(view.codes >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-2)
+    def by_row(tensor: Tensor) -> Tensor:  # [tiles, groups, row] -> [rows, groups]
+        return tensor.transpose(1, 2).flatten(0, 1)[: geometry.rows].contiguous()
+
+    codes = torch.stack([(view.codes >> shift) & (2**geometry.stored - 1) for shift in geometry.shifts], dim=-2)
     codes = rows(codes).flatten(2)[..., : geometry.group].flatten(1)[..., : geometry.normal]
-    levels = rows((view.levels.to(torch.int16) - 128).to(torch.int8))
-    scales = view.scales.transpose(1, 2).flatten(0, 1)[: geometry.rows]
-    parts = {"codes": pack_planes(codes, 2)} | codebook(levels, scales, kind)
+    parts = {"codes": pack_planes(codes, geometry.bits)}
+    if geometry.table:
+        levels = rows((view.levels[..., : 2**geometry.bits].to(torch.int16) - 128).to(torch.int8))
+        parts |= codebook(levels, by_row(view.scales), kind)
+    else:
+        parts |= {"scales": by_row(view.scales)} | ({"zeros": by_row(view.zeros)} if kind == "uniform" else {})
     return parts | unpack_outliers(geometry, view.outliers, view.outlier_scales)
 
 
 def codebook(levels: Tensor, scales: Tensor, kind: Kind) -> dict[str, Tensor]:
-    """int8 [rows, groups, 4] and fp16 [rows, groups] as tiles hold them -> what a codebook of that kind stores."""
+    """int8 [rows, groups, 2**bits], fp16 [rows, groups] as tiles hold them -> what a codebook of that kind stores."""
     if kind == "shared":
         return {"table": levels[0, 0].to(torch.float32) * scales[0, 0].to(torch.float32)}
     parts = {"scales": scales.contiguous()}
@@ -178,10 +235,14 @@ class Views:
         tiles = packed.view(-1, geometry.tile_bytes)
         groups = tiles[:, : geometry.groups * geometry.group_bytes].unflatten(1, (geometry.groups, -1))
         tail = tiles[:, geometry.groups * geometry.group_bytes :]
-        # Rows stand in slots, 4 x 4 transposed inside each sixteen: [tiles, groups, sixteen, 4, 4, code] in row order.
-        self.levels = groups[..., _LEVELS:_SCALES].unflatten(-1, (2, 4, 4, 4)).transpose(3, 4)
-        self.scales = groups[..., _SCALES:_CODES].view(torch.float16)  # [tiles, groups, rows]
-        lines = groups[..., _CODES:].unflatten(-1, (2, 4, -1, 4, 16))
-        self.codes = lines.permute(0, 1, 2, 5, 3, 4, 6)  # [tiles, groups, sixteen, 4, 4, steps, byte] in row order
+        first = groups[..., : geometry.scales_at]
+        if geometry.table:
+            # Rows stand in slots, 4 x 4 transposed inside each sixteen: [.., sixteen, 4, 4, code] in row order.
+            self.levels = first.unflatten(-1, (2, 4, 4, -1)).transpose(3, 4)  # [tiles, groups, sixteen, 4, 4, code]
+        else:
+            self.zeros = first[..., :TILE_ROWS]  # [tiles, groups, rows]
+        self.scales = groups[..., geometry.scales_at : geometry.codes_at].view(torch.float16)  # [tiles, groups, rows]
+        lines = groups[..., geometry.codes_at :].unflatten(-1, (2, 4, -1, 4, 16))
+        self.codes = lines.permute(0, 1, 2, 5, 3, 4, 6)  # [tiles, groups, sixteen, 4, 4, lines, byte] in row order
         self.outliers = tail[:, : -TILE_ROWS * 4].unflatten(-1, (-1, TILE_ROWS, 4))  # [tiles, quads, rows, byte]
         self.outlier_scales = tail[:, -TILE_ROWS * 4 :].view(torch.float32)  # [tiles, rows]
