@@ -174,7 +174,7 @@ class CodebookMatrix:
             weights = (codes.to(torch.float32) - zeros) * self.scales.to(torch.float32).unsqueeze(-1)
             return weights.view(self.rows, -1)[:, : self.normal_columns]
         levels = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
-        return _select(levels, codes).view(self.rows, -1)[:, : self.normal_columns]
+        return select_levels(levels, codes).view(self.rows, -1)[:, : self.normal_columns]
 
     def dequantize(self) -> Tensor:
         """fp32 [rows, columns] in the order of the model's input channels."""
@@ -213,7 +213,7 @@ def on_grid(table: Tensor) -> tuple[Tensor, Tensor] | None:
     return (integers, scale) if torch.equal(integers.to(torch.float32) * scale.to(torch.float32), table) else None
 
 
-def _select(table: Tensor, codes: Tensor) -> Tensor:
+def select_levels(table: Tensor, codes: Tensor) -> Tensor:
     """table [rows, groups, 2**bits], codes [rows, groups, group] -> table at codes, without 64-bit indices."""
     chosen = torch.where(codes == 1, table[..., 1:2], table[..., 0:1])
     for code in range(2, table.shape[-1]):

@@ -115,6 +115,12 @@ class _Reporter:
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None:
         self._bar.block_done(index, entries)
 
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        self._bar.begin_tuning(intervals, completed)
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        self._bar.interval_done(number, intervals, losses)
+
     def note(self, message: str) -> None:
         self._bar.note(message)
 

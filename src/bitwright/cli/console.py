@@ -104,6 +104,24 @@ class RunReporter:
         if left == 0:
             self._progress.stop()
 
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        self._began, self._first = time.monotonic(), completed
+        self._progress.stop()
+        self._progress = _bar()
+        self._progress.start()
+        self._task = self._progress.add_task("tuning", total=intervals + 1, completed=completed)
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        if not err.is_terminal and number:
+            seconds = time.monotonic() - self._began
+            left = seconds / (number - self._first) * (intervals - number)
+            err.print(
+                f"tuning {number}/{intervals}  divergence {losses[0]:.4f} -> {losses[-1]:.4f}"
+                f"  {seconds:.0f} s, at most about {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
+
     def note(self, message: str) -> None:
         err.print(message, markup=False, soft_wrap=True)
 

@@ -31,6 +31,7 @@ from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.source import Source
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
+from bitwright.pipeline.tune import Progress, Tuner, solved_name
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedLinear
 from bitwright.workers import Workers
@@ -57,6 +58,11 @@ class Reporter(Protocol):
 
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
     def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        """From here on `fraction` is of an interval of the tuning; one more is there for writing what it found."""
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        """`losses` are the divergences so far, the one before the tuning first."""
 
 
 class Silent:
@@ -66,16 +72,20 @@ class Silent:
     def advance(self, fraction: float) -> None: ...
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
     def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None: ...
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` leaves: the directory, the plan it was held to, the log, and what was measured on the way."""
+    """What `quantize` leaves: the directory, the plan it was held to, the log, what was measured on the way, and how
+    the tuning went, if there was one."""
 
     directory: Path
     plan: Plan
     log: list[dict[str, Any]]
     measured: dict[str, Any]
+    tuning: dict[str, Any] | None = None
 
 
 def quantize(
@@ -183,11 +193,13 @@ class _Run:
                 self.reporter.begin(self.plan, state.completed)
                 while state.completed < len(self.skeleton.blocks):
                     self._do_block(state, calls[state.completed], workers)
+                if self.recipe.tune is not None:
+                    self._tune(state, calls, workers)
                 measured = self._measure(state, workers)
             self._finish(state, facts, measured)
             self._write_log(state)
             self.directory.publish()
-        return Quantized(self.output, self.plan, state.log, measured)
+        return Quantized(self.output, self.plan, state.log, measured, self._summary(state).get("tuning"))
 
     def _facts(self) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; kept in the manifest, compared on resume."""
@@ -222,7 +234,7 @@ class _Run:
         if self.directory.is_ours():
             self.directory.remove()
         self.reporter.note(f"{self.output} is already complete; nothing to do")
-        return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"])
+        return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"], manifest.get("tuning"))
 
     def _shape(self) -> tuple[int, int, int]:
         return (len(self.windows), self.plan.length, self.skeleton.width)
@@ -244,6 +256,8 @@ class _Run:
             exchanged = with_outer_quantized(self.skeleton, values, self.plan.outer)
             quantized = self._embedded("stream-0-quantized.f32", exchanged)
         state.streams = {"full": full, "quantized": quantized}
+        if self.recipe.tune is not None:
+            state.streams["entry"] = quantized
         self._seal(state)
         return state
 
@@ -263,19 +277,7 @@ class _Run:
 
     def _do_block(self, state: RunState, call: dict[str, Any], workers: Workers) -> None:
         index = state.completed
-        job = BlockJob(
-            index=index,
-            depth=len(self.skeleton.blocks),
-            name=self.skeleton.block_name(index),
-            block=self.source.block(index),
-            sites=self.skeleton.sites(index),
-            layers={layer.name: layer for layer in self.plan.layers_of(index)},
-            recipe=self.recipe,
-            calls=call,
-            sequences=self.recipe.calibration.sequences,
-            workers=workers,
-            advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
-        )
+        job = self._job(index, self.source.block(index), call, workers)
         paths = {role: self.directory.path / f"stream-{index + 1}-{role}.f32" for role in ("full", "quantized")}
         source_full, source = self._stream(state, "full"), self._stream(state, "quantized")
         full = Stream.create(paths["full"], self._shape())
@@ -288,15 +290,75 @@ class _Run:
         self._write_shard(state, index + 1, self._block_tensors(job, modules))
         full.finish()
         quantized.finish()
-        old = set(state.streams.values())
-        state.streams = {role: path.name for role, path in paths.items()}
         state.log.extend(entries)
         state.completed = index + 1
-        self._seal(state)
-        for name in old:
-            (self.directory.path / name).unlink()
+        self._exchange_streams(state, {role: path.name for role, path in paths.items()})
         self._write_log(state)
         self.reporter.block_done(index, entries)
+
+    def _job(self, index: int, block: torch.nn.Module, call: dict[str, Any], workers: Workers) -> BlockJob:
+        return BlockJob(
+            index=index,
+            depth=len(self.skeleton.blocks),
+            name=self.skeleton.block_name(index),
+            block=block,
+            sites=self.skeleton.sites(index),
+            layers={layer.name: layer for layer in self.plan.layers_of(index)},
+            recipe=self.recipe,
+            calls=call,
+            sequences=self.recipe.calibration.sequences,
+            workers=workers,
+            advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
+        )
+
+    def _exchange_streams(self, state: RunState, fresh: dict[str, str]) -> None:
+        """Seal the state with other streams in these roles, and remove those that have none any more."""
+        old = set(state.streams.values())
+        state.streams = {**state.streams, **fresh}
+        self._seal(state)
+        for name in old - set(state.streams.values()):
+            (self.directory.path / name).unlink()
+
+    def _tune(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> None:
+        """Tune the solved model, then pass the quantized stream through it once more and write its shards."""
+        recipe = self.recipe.tune
+        assert recipe is not None
+        tuner = Tuner(
+            self.source,
+            self.plan,
+            self.directory.path,
+            self._stream(state, "entry"),
+            self._stream(state, "full"),
+            calls,
+            workers,
+            self.reporter.advance,
+        )
+        intervals = -(-recipe.steps // recipe.interval)
+        progress = Progress(**state.tuning) if state.tuning else None
+        self.reporter.begin_tuning(intervals, len(progress.losses) - 1 if progress else 0)
+        while progress is None or not progress.finished(recipe.steps, recipe.patience):
+            progress = tuner.start() if progress is None else tuner.go_on(progress)
+            old, state.tuning = state.others(), progress.to_dict()
+            self.directory.save(state)
+            for name in old.keys() - state.others().keys():
+                (self.directory.path / name).unlink()
+            self.reporter.interval_done(len(progress.losses) - 1, intervals, [loss for _, loss in progress.losses])
+        if not state.rewritten:
+            state.streams["quantized"] = state.streams["entry"]
+        for index in range(state.rewritten, len(self.skeleton.blocks)):
+            tuned = tuner.best(progress, index)
+            self._write_shard(state, index + 1, tuned.shard(), tuned=True)
+            target = Stream.create(self.directory.path / f"stream-{index + 1}-tuned.f32", self._shape())
+            job = self._job(index, tuned.packed(), calls[index], workers)
+            job.advance = lambda step, share: self.reporter.advance(share / len(self.skeleton.blocks))
+            propagate(job, self._stream(state, "quantized"), target, None)
+            target.finish()
+            state.rewritten = index + 1
+            self._exchange_streams(state, {"quantized": target.path.name})
+
+    def _summary(self, state: RunState) -> dict[str, Any]:
+        """How the tuning went, for the manifest; empty where there was none."""
+        return {"tuning": Progress(**state.tuning).summary()} if state.tuning else {}
 
     def _block_tensors(self, job: BlockJob, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
         """Everything of shard `job.index + 1`: packed linears, and what stays as it was, in its stored dtype."""
@@ -315,11 +377,16 @@ class _Run:
                 packed[name] = torch.empty(0, dtype=shapes[name][0])
         return packed
 
-    def _write_shard(self, state: RunState, index: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard `index`, held to the plan: same tensors, same shapes, same size."""
+    def _write_shard(self, state: RunState, index: int, tensors: dict[str, Tensor], tuned: bool = False) -> None:
+        """Write shard `index`, held to the plan: same tensors, same shapes, same size. That of a block which is to be
+        tuned lies beside the artifact until then."""
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if shapes != self.plan.shards[index]:
             raise RunError(f"shard {index} is not what the plan says; this is a defect of bitwright, please report it")
+        if self.recipe.tune is not None and index > 0 and not tuned:
+            name = solved_name(index - 1)
+            state.solved[name] = write_shard(self.directory.path / name, tensors).sha256
+            return
         name = self.plan.shard_names()[index]
         state.shards[name] = asdict(write_shard(self.directory.artifact / name, tensors))
 
@@ -381,8 +448,9 @@ class _Run:
         write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
         write_index(directory, state.shards, self.plan.tensor_bytes)
         layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
-        write_card(directory, self.plan, layers, measured, facts)
-        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers})
+        tuning = self._summary(state)
+        write_card(directory, self.plan, layers, measured, facts, tuning.get("tuning"))
+        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **tuning})
 
     def _write_log(self, state: RunState) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log)

@@ -22,6 +22,7 @@ from bitwright.recipe.parts import (
     OuterRecipe,
     Part,
     TransformRecipe,
+    TuneRecipe,
     WeightRecipe,
 )
 
@@ -36,6 +37,7 @@ class Recipe(Part):
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     outer: OuterRecipe = OuterRecipe()
+    tune: TuneRecipe | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -51,11 +53,31 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Recipe:
+        if self.tune is None:
+            return self
+        if self.weights.kind == "shared":
+            raise ValueError(
+                f"tune is for levels of rows and groups, and method '{self.weights.method}' has one table for a"
+                " matrix; write tune = none"
+            )
+        if self.tune.codes and self.weights.kind != "free":
+            raise ValueError(
+                f"tune.codes needs free levels; write tune.codes = 0 with levels = '{self.weights.levels}'"
+            )
+        if self.calibration.sequences < 2:
+            raise ValueError("tune needs calibration.sequences of 2 or more: some are held back to judge")
+        return self
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. `outer` is left out where it keeps everything: artifacts without it read as ever."""
+        """As JSON has it. `outer` is left out where it keeps everything, `tune` where there is none: artifacts without
+        them read as ever."""
         data = self.model_dump(mode="json")
         if self.outer.embedding == self.outer.head == 16:
             del data["outer"]
+        if self.tune is None:
+            del data["tune"]
         return data
 
     def to_json(self) -> str:
@@ -109,7 +131,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, separator, value = (part.strip() for part in text.partition("="))
     if not separator or not key:
         raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
-    if value in ("none", "off") and key in ("kv", "activations"):
+    if value in ("none", "off") and key in ("kv", "activations", "tune"):
         return key, None
     try:
         return key, json.loads(value)
