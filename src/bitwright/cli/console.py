@@ -32,9 +32,13 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def recipe_from(preset_name: str, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset, then --set, then the named shortcuts."""
+def recipe_from(
+    preset_name: str, file: str | None, options: list[str], *, tune: bool = False, **shortcuts: Any
+) -> Recipe:
+    """The recipe that a command line asks for: a file or a preset, then --tune, --set, and the named shortcuts."""
     recipe = Recipe.from_file(file) if file else preset(preset_name)
+    if tune and recipe.tune is None:
+        recipe = recipe.with_options({"tune": {}})
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
     return recipe.with_options(changes) if changes else recipe

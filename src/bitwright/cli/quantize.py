@@ -45,11 +45,11 @@ def command(
         preset,
         recipe,
         set_,
+        tune=tune,
         weights__outliers=console.outliers_option(outliers),
         calibration__sequences=sequences,
         calibration__length=length,
         calibration__seed=seed,
-        tune={} if tune and not any(option.strip().startswith("tune") for option in set_) else None,
     )
     reporter = console.RunReporter()
     began = time.monotonic()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -23,11 +22,14 @@ from bitwright.calibration import Stream, Text, consecutive_windows, load_tokeni
 from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
-from bitwright.models.passes import embed, head
+from bitwright.models.passes import embed
 from bitwright.pipeline.block import propagate, solve_sites
 from bitwright.pipeline.job import SHARES, BlockJob
+from bitwright.pipeline.measure import measure
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
+from bitwright.pipeline.reporter import Reporter as Reporter
+from bitwright.pipeline.reporter import Silent as Silent
 from bitwright.pipeline.source import Source
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
@@ -47,33 +49,6 @@ CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
-
-
-class Reporter(Protocol):
-    """Who is told how far a run has come."""
-
-    def begin(self, plan: Plan, completed: int) -> None: ...
-    def advance(self, fraction: float) -> None:
-        """`fraction` of one block's work is done; the fractions of a block add up to one."""
-
-    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
-    def note(self, message: str) -> None: ...
-    def begin_tuning(self, intervals: int, completed: int) -> None:
-        """From here on `fraction` is of an interval of the tuning; one more is there for writing what it found."""
-
-    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
-        """`losses` are the divergences so far, the one before the tuning first."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def begin(self, plan: Plan, completed: int) -> None: ...
-    def advance(self, fraction: float) -> None: ...
-    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
-    def note(self, message: str) -> None: ...
-    def begin_tuning(self, intervals: int, completed: int) -> None: ...
-    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -195,7 +170,8 @@ class _Run:
                     self._do_block(state, calls[state.completed], workers)
                 if self.recipe.tune is not None:
                     self._tune(state, calls, workers)
-                measured = self._measure(state, workers)
+                streams = {role: self._stream(state, role) for role in ("full", "quantized")}
+                measured = measure(self.source, self.plan, streams, self.windows, workers)
             self._finish(state, facts, measured)
             self._write_log(state)
             self.directory.publish()
@@ -396,35 +372,6 @@ class _Run:
         state.stream_sha256 = {role: digests[name] for role, name in state.streams.items()}
         self.directory.save(state)
 
-    def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
-        """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
-        values = self.source.outer("after")
-        parts = {"calibration": range(self.recipe.calibration.sequences)}
-        if self.probes:
-            parts["evaluation"] = range(self.recipe.calibration.sequences, len(self.windows))
-        losses: dict[str, dict[str, float]] = {}
-        for role in ("full", "quantized"):
-            if role == "quantized":
-                values = with_outer_quantized(self.skeleton, values, self.plan.outer)
-            with head(self.skeleton, values) as logits:
-                stream = self._stream(state, role)
-
-                def unit(index: int, stream: Stream = stream, logits: Callable[[Tensor], Tensor] = logits) -> float:
-                    scores = logits(stream.read(index))[0, :-1]
-                    return float(torch.nn.functional.cross_entropy(scores, self.windows[index, 1:]))
-
-                losses[role] = {part: sum(workers.map(unit, indices)) / len(indices) for part, indices in parts.items()}
-        return {
-            part: {
-                "windows": len(indices),
-                "length": self.plan.length,
-                "loss_original": losses["full"][part],
-                "loss_quantized": losses["quantized"][part],
-                "excess": losses["quantized"][part] - losses["full"][part],
-            }
-            for part, indices in parts.items()
-        }
-
     def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any]) -> None:
         """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
         directory = self.directory.artifact
@@ -453,5 +400,6 @@ class _Run:
         write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **tuning})
 
     def _write_log(self, state: RunState) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
+        entries = [*state.log, *([self._summary(state)] if state.tuning else [])]
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
         write_text(self.log_file, lines)

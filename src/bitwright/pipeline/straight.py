@@ -37,8 +37,7 @@ class _SiteInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if ctx.hadamard is not None:  # symmetric and orthogonal
-            gradient = ctx.hadamard.apply(gradient)
+        gradient = to_site(gradient, None, ctx.hadamard)  # symmetric and orthogonal
         if ctx.order is not None:
             restored = torch.empty_like(gradient)
             restored[:, ctx.order] = gradient

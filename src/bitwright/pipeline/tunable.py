@@ -53,10 +53,9 @@ class TunableBlock:
                     module.share_permutation(self.modules[info.leader.name])
             self._replace(info, original)
         self._fill()
-        if values is not None:
-            for key in self.values:
-                name, _, part = key.rpartition("/")
-                self.tuned[name].values[part] = values[key]
+        for key, value in ({} if values is None else values).items():
+            name, _, part = key.rpartition("/")
+            self.tuned[name].values[part] = value
         self.parameters = {name: self.block.get_parameter(name) for name in self.tuned}
         self.settle()
 
@@ -82,7 +81,7 @@ class TunableBlock:
                 module._buffers[leaf] = tensor.float() if tensor.is_floating_point() else tensor
                 continue
             vector = tensor.dim() == 1
-            module._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=vector)
+            module._parameters[leaf] = nn.Parameter(tensor.float().clone(), requires_grad=vector)
             if vector:
                 self.tuned[name] = TunedVector(tensor.float(), tensor.dtype)
 

@@ -47,7 +47,8 @@ class TunedVector:
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.unit = tensor.abs().mean().clamp_min(1e-12)
+        # A power of two: what was not moved stays what it was, to the bit.
+        self.unit = tensor.abs().mean().clamp_min(1e-12).log2().round().exp2()
         self.values = {"vector": tensor / self.unit}
 
     def rates(self, recipe: TuneRecipe) -> dict[str, float]:
@@ -65,11 +66,11 @@ class TunedVector:
 class TunedMatrix:
     """A linear in site order: levels or scales a group, the int8 columns, and with `target` the codes.
 
-    All values are shares of the largest level of a group, or of the largest weight of the int8 columns of a row: one rate
-    suits them all. Levels keep the order of their ranks.
+    All values are shares of the largest level of a group, or of the largest weight of the int8 columns of a row: one
+    rate suits them all. Levels keep the order of their ranks.
 
     target  fp32 [rows, columns] or None: the original weights. Each normal one, drawn towards the level of its code
-            until that is the nearest, is a value; codes are those of the nearest levels from then on (straight-through).
+            until that is the nearest, is a value; from then on codes are those of the nearest levels (straight-through)
     """
 
     def __init__(self, matrix: CodebookMatrix, target: Tensor | None = None) -> None:

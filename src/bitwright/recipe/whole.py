@@ -6,6 +6,7 @@ the fingerprint of a run and of the artifact.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ class Recipe(Part):
                 node = child
             if leaf not in node:
                 raise RecipeError(f"recipe: {unknown_key(key, node, leaf)}")
-            node[leaf] = value
+            node[leaf] = copy.deepcopy(value)  # later keys may reach into it
         return Recipe.from_dict(data)
 
 

@@ -1,0 +1,34 @@
+"""Who is told how far a run has come."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from bitwright.pipeline.plan import Plan
+
+
+class Reporter(Protocol):
+    """Who is told how far a run has come."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None:
+        """`fraction` of one block's work is done; the fractions of a block add up to one."""
+
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        """From here on `fraction` is of an interval of the tuning; one more is there for writing what it found."""
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        """`losses` are the divergences so far, the one before the tuning first."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, plan: Plan, completed: int) -> None: ...
+    def advance(self, fraction: float) -> None: ...
+    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
+    def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None: ...
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None: ...
