@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "address.h"
+#include "bind_blocks.h"
 #include "bind_decoder.h"
 #include "bind_grouping.h"
 #include "head/kernels.h"
@@ -22,6 +23,7 @@
 #include "solver/factor.h"
 #include "solver/feedback.h"
 #include "solver/levels.h"
+#include "solver/refine.h"
 
 namespace nb = nanobind;
 using namespace bitwright;
@@ -121,6 +123,7 @@ NB_MODULE(_native, m) {
   });
   bind_decoder(m, [] { return variant().decoder; });
   bind_grouping(m);
+  bind_blocks(m, [] { return AllKernels{kernels(), planes(), variant().decoder}; });
   m.def("chosen_planes", [] { return std::string(planes().name); });
   m.def("pack_planes", [](uintptr_t codes, uintptr_t scales, uintptr_t levels, uintptr_t zeros,
                           uintptr_t outlier_codes, uintptr_t outlier_scales, int64_t rows, int64_t columns,
@@ -190,6 +193,13 @@ NB_MODULE(_native, m) {
       for (int i = 0; i < count; ++i) at<int8_t>(integers)[row * count + i] = grid.integers[i];
       at<uint16_t>(scales)[row] = grid.scale;
     }
+  });
+  m.def("refine_block", [](uintptr_t target, uintptr_t square, int64_t rows, int64_t width, int count,
+                           uintptr_t integers, uintptr_t scales, uintptr_t ranks, int threads) {
+    const SolverKernels& solver = solver_kernels(kernels().name);
+    nb::gil_scoped_release free;
+    refine_block(solver, at<const float>(target), at<const float>(square), rows, width, count, at<int8_t>(integers),
+                 at<uint16_t>(scales), at<uint8_t>(ranks), threads);
   });
   m.def("upper_factor", [](uintptr_t hessian, int64_t size, float shift, uintptr_t upper, int threads) {
     const SolverKernels& solver = solver_kernels(kernels().name);

@@ -38,10 +38,26 @@ void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
     nb::gil_scoped_release free;
     signed_sums(kernels(), at<float>(values), count, order, inner, at<const uint8_t>(signs), threads);
   });
-  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float eps, uintptr_t y, int64_t rows, int64_t width,
-                       int threads) {
+  m.def("gated", [kernels](uintptr_t x, int64_t tokens, int64_t columns, int64_t up, int64_t size, uintptr_t y,
+                           int threads) {
     nb::gil_scoped_release free;
-    rms_norm(at<const float>(x), at<const float>(weight), eps, at<float>(y), rows, width, threads);
+    gated(kernels(), at<const float>(x), tokens, columns, up, size, at<float>(y), threads);
+  });
+  m.def("attention_step", [kernels](uintptr_t x, int64_t tokens, int64_t columns, int64_t query_heads, int64_t key,
+                                    int64_t value, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values,
+                                    int64_t heads, int64_t capacity, int64_t head_dim, int bits, int64_t position,
+                                    int64_t window, float scale, uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    const Projections p{at<const float>(x), tokens, columns, query_heads, key, value, at<const float>(cos),
+                        at<const float>(sin)};
+    attention_step(kernels(), p, Records{heads, capacity, head_dim, bits}, at<uint8_t>(keys), at<uint8_t>(values),
+                   position, window, scale, at<float>(y), threads);
+  });
+  m.def("rms_norm", [](uintptr_t x, uintptr_t add, uintptr_t weight, float eps, uintptr_t sum, uintptr_t y,
+                       int64_t rows, int64_t width, int threads) {
+    nb::gil_scoped_release free;
+    rms_norm(at<const float>(x), at<const float>(add), at<const float>(weight), eps, at<float>(sum), at<float>(y), rows,
+             width, threads);
   });
   m.def("rope", [](uintptr_t x, int64_t token_stride, int64_t head_stride, uintptr_t cos, uintptr_t sin, uintptr_t y,
                    int64_t tokens, int64_t heads, int64_t dim, int threads) {

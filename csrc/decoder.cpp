@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <cmath>
+#include <memory>
 
 #include "work.h"
 
@@ -146,22 +147,54 @@ void signed_sums(const DecoderKernels& kernels, float* values, int64_t count, in
   }
 }
 
-void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads) {
+void gated(const DecoderKernels& kernels, const float* x, int64_t tokens, int64_t columns, int64_t up, int64_t size,
+           float* y, int threads) {
+  constexpr int64_t kPart = 2048;
+  const int64_t parts = (size + kPart - 1) / kPart, items = tokens * parts;
+  const int count = threads_for(threads, items, items * kPart * 8);  // an exponential is worth that many products
+#pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t token = item / parts, first = item % parts * kPart;
+    const float* from = x + token * columns + first;
+    kernels.gate(from, from + up, y + token * size + first, smaller(kPart, size - first));
+  }
+}
+
+void attention_step(const DecoderKernels& kernels, const Projections& p, const Records& r, uint8_t* keys,
+                    uint8_t* values, int64_t position, int64_t window, float scale, float* y, int threads) {
+  const int64_t dim = r.head_dim, query_width = p.query_heads * dim, key_width = r.heads * dim;
+  const std::unique_ptr<float[]> rotated(new float[static_cast<size_t>(p.tokens * (query_width + key_width))]);
+  float *queries = rotated.get(), *fresh = queries + p.tokens * query_width;
+  rope(p.x, p.columns, dim, p.cos, p.sin, queries, p.tokens, p.query_heads, dim, threads);
+  rope(p.x + p.key, p.columns, dim, p.cos, p.sin, fresh, p.tokens, r.heads, dim, threads);
+  kv_append(kernels, fresh, dim, key_width, p.tokens, position, r, keys, threads);
+  kv_append(kernels, p.x + p.value, dim, p.columns, p.tokens, position, r, values, threads);
+  const Attention a{r,   keys,        values, queries, dim, query_width, p.query_heads / r.heads, p.tokens,
+                    position + p.tokens, window, scale};
+  kv_attention(kernels, a, y, threads);
+}
+
+void rms_norm(const float* x, const float* add, const float* weight, float eps, float* sum, float* y, int64_t rows,
+              int64_t width, int threads) {
   constexpr int64_t kLanes = 16;  // independent sums, for the compiler's vectors
   const int count = threads_for(threads, rows, rows * width);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = x + row * width;
     float* to = y + row * width;
+    if (add) {
+      for (int64_t i = 0; i < width; ++i) sum[row * width + i] = from[i] + add[row * width + i];
+      from = sum + row * width;
+    }
     float lanes[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
       for (int64_t k = 0; k < kLanes; ++k) lanes[k] += from[i + k] * from[i + k];
     }
-    float sum = 0.0f;
-    for (; i < width; ++i) sum += from[i] * from[i];
-    for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
-    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
+    float squares = 0.0f;
+    for (; i < width; ++i) squares += from[i] * from[i];
+    for (int64_t k = 0; k < kLanes; ++k) squares += lanes[k];
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
     for (int64_t k = 0; k < width; ++k) to[k] = weight[k] * (from[k] * factor);
   }
 }

@@ -85,12 +85,17 @@ using SignedSumsFunction = void(float* values, int64_t order, int64_t stride, in
                                 float* tables);
 SignedSumsFunction signed_sums_scalar, signed_sums_avx2;
 
+// y = silu(gate) * up, silu(v) = v / (1 + exp(-v)). Variants differ in the last bits of exp.
+using GateFunction = void(const float* gate, const float* up, float* y, int64_t count);
+GateFunction gate_scalar, gate_avx2;
+
 // One instruction set's functions.
 struct DecoderKernels {
   AppendFunction* append;
   AttendFunction* attend;
   HadamardFunction* hadamard;
   SignedSumsFunction* signed_sums;
+  GateFunction* gate;
 };
 
 // Drivers that share the work among threads; results do not depend on `threads`.
@@ -113,10 +118,27 @@ void site_hadamard(const DecoderKernels&, const float* x, const int32_t* order, 
 void signed_sums(const DecoderKernels&, float* values, int64_t count, int64_t order, int64_t inner,
                  const uint8_t* signs, int threads);
 
+// x [tokens][columns], gate from its first column on, up from column `up` on -> y [tokens][size]
+void gated(const DecoderKernels&, const float* x, int64_t tokens, int64_t columns, int64_t up, int64_t size, float* y,
+           int threads);
+
+// What attention is told of the projections of some tokens: x [tokens][columns] holds the queries of all heads from its
+// first column on, keys and values of the cache's heads from `key` and `value` on, none of them rotated.
+struct Projections {
+  const float* x;
+  int64_t tokens, columns, query_heads, key, value;
+  const float *cos, *sin;  // [tokens][head_dim]
+};
+
+// Rotates queries and keys, appends keys and values from token `position` on, and attends: y [tokens][query_heads][head_dim]
+void attention_step(const DecoderKernels&, const Projections&, const Records&, uint8_t* keys, uint8_t* values,
+                    int64_t position, int64_t window, float scale, float* y, int threads);
+
 // For these the compiler's own vectors are as fast as memory and call allow; there is one version.
 
-// y = weight * x / sqrt(mean(x^2) + eps), for each row
-void rms_norm(const float* x, const float* weight, float eps, float* y, int64_t rows, int64_t width, int threads);
+// y = weight * s / sqrt(mean(s^2) + eps), for each row; s = x, or x + `add` where that is not null, written to `sum`.
+void rms_norm(const float* x, const float* add, const float* weight, float eps, float* sum, float* y, int64_t rows,
+              int64_t width, int threads);
 
 // y = x * cos + (-second half, first half) * sin; x [tokens][heads][dim] with strides, cos and sin [tokens][dim]
 void rope(const float* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, float* y,

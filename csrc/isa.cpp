@@ -41,9 +41,9 @@ bool has_neon_dot() {
 }
 #endif
 
-constexpr DecoderKernels kDecoderScalar = {append_scalar, attend_scalar, hadamard_scalar, signed_sums_scalar};
+constexpr DecoderKernels kDecoderScalar = {append_scalar, attend_scalar, hadamard_scalar, signed_sums_scalar, gate_scalar};
 #if defined(__x86_64__)
-constexpr DecoderKernels kDecoderAvx2 = {append_avx2, attend_avx2, hadamard_avx2, signed_sums_avx2};
+constexpr DecoderKernels kDecoderAvx2 = {append_avx2, attend_avx2, hadamard_avx2, signed_sums_avx2, gate_avx2};
 #endif
 
 }  // namespace

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, T5Conf
 
 import bitwright
 import support
+from bitwright import codebook
 
 Arguments = list[str | Path]
 
@@ -536,7 +537,7 @@ artifact_case("layer_with_words_for_numbers", layer(rows="72"), LAYER, "rows = '
 artifact_case("layer_with_group_0", layer(group=0), LAYER, "group = 0")
 artifact_case("layer_of_other_shape", layer(rows=80), f"{LAYER}.codes", "[2, 72, 7]", "[2, 80, 7]")
 artifact_case("layer_of_all_outliers", layer(outliers=72), LAYER, "outliers = 72 of 72")
-artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", "free, uniform, shared")
+artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
 artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
 artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
 artifact_case(

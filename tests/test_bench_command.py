@@ -60,6 +60,8 @@ def test_a_model_by_shape(name: str) -> None:
     assert found["first_token_seconds"] >= 12 / found["prefill_tokens_per_second"]
     moved = found["bytes_per_token"] * found["decode_tokens_per_second"] / 1e9
     assert found["decode_gigabytes_per_second"] == pytest.approx(moved)
+    ratio = found["decode_tokens_per_second"] / found["generate_tokens_per_second"]
+    assert found["generate_over_decode"] == pytest.approx(ratio)
     model = shapes.random_model(name, bitwright.preset("bwa"), layers=1)
     assert len(model.model.layers) == 1
     assert "tokens/s (12 tokens)" in support.run_cli(*words).out

@@ -15,7 +15,7 @@ from torch import Tensor
 import bitwright
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import QuantizedKVCache, linear
+from bitwright.runtime import QuantizedKVCache, linear, native_blocks
 from bitwright.runtime.decoder import Decoder
 from conftest import MODELS
 
@@ -37,6 +37,18 @@ def without_lean_path(model: Any) -> Iterator[None]:
         yield
     finally:
         model.model.forward = lean
+
+
+@contextmanager
+def block_by_block(model: Any) -> Iterator[None]:
+    """Without the native call for all blocks at once."""
+    decoder = model.model._bitwright_decoder
+    assert decoder.served
+    decoder.served = False
+    try:
+        yield
+    finally:
+        decoder.served = True
 
 
 @contextmanager
@@ -76,6 +88,22 @@ def test_it_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert (found[0] - expected[0]).norm() / expected[0].norm() < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_blocks_are_the_calls_one_by_one(model: Any, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    ids = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(0))
+    sizes = [native_blocks.FEW_TOKENS + 14, 1, native_blocks.FEW_TOKENS, 1, 12]
+    for _ in range(2):
+        whole = steps(model, ids, sizes)
+        with block_by_block(model):
+            single = steps(model, ids, sizes)
+        assert all(torch.equal(a, b) for a, b in zip(whole, single, strict=True))
+        with torch.no_grad():  # what a copy in fp32 was made of changes
+            model.model.layers[1].post_attention_layernorm.weight.mul_(1.5)
+            model.model.norm.weight.mul_(0.5)
+        assert not torch.equal(steps(model, ids, sizes)[0], whole[0])
+
+
 def test_a_transform_is_done_once_a_site(artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = bitwright.load(artifact("qwen3", "bwa", {"transform.hadamard": "group", "weights.group": 32}))
     ids = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -87,9 +115,11 @@ def test_a_transform_is_done_once_a_site(artifact: Callable[..., Path], monkeypa
         return original(x, *rest)
 
     monkeypatch.setattr(linear, "site_hadamard_eager", counting)
-    (found,) = steps(model, ids, [20])
+    with block_by_block(model):
+        (found,) = steps(model, ids, [20])
     width, heads, inner = 64, 4 * 24, 136
     assert turned == [width, heads, width, inner] * model.config.num_hidden_layers
+    assert torch.equal(steps(model, ids, [20])[0], found)
     with without_lean_path(model):
         (expected,) = steps(model, ids, [20])
     assert (found - expected).norm() / expected.norm() < 2e-2

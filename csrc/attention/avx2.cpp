@@ -55,26 +55,6 @@ ALWAYS __m256i load_words(const uint8_t* codes, __m256i mask) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
 
-// The coefficients of Cephes' expf. Below the range of normal numbers 0: a masked score, -inf, has no weight. Scores
-// never exceed their maximum, so there is no upper bound; NaN stays NaN.
-ALWAYS __m256 exponentials(__m256 x) {
-  const __m256 lowest = _mm256_set1_ps(-87.3f), round = _mm256_set1_ps(12582912.0f);  // adding 1.5 * 2^23 rounds
-  const __m256 none = _mm256_cmp_ps(x, lowest, _CMP_LT_OQ);
-  x = _mm256_max_ps(lowest, x);  // in this order NaN stays NaN
-  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), round), n = _mm256_sub_ps(shifted, round);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
-  p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127)), 23);
-  return _mm256_andnot_ps(none, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
-}
-
 // Scales and minima of a chunk's records, one set for the keys and one for the values.
 struct Chunk {
   int64_t first, count;  // keys

@@ -1,7 +1,7 @@
 // Two vectors of eight rows; twelve sums of the update stay in registers.
 #include <immintrin.h>
 
-#include "strip.h"
+#include "refine_strip.h"
 
 namespace bitwright {
 
@@ -19,8 +19,10 @@ void update(const float* errors, int64_t width, const float* panel, int64_t colu
   update_strip<Madd>(errors, width, panel, columns, later);
 }
 
+void refine(const Refinement& refinement) { refine_strip<Madd>(refinement); }
+
 }  // namespace
 
-const SolverKernels solver_avx2{assign, update};
+const SolverKernels solver_avx2{assign, update, refine};
 
 }  // namespace bitwright

@@ -25,10 +25,13 @@ struct Block {
   const float* lowest = nullptr;  // [16], whole numbers
 };
 
+struct Refinement;  // refine.h
+
 struct SolverKernels {
   void (*assign)(Feedback, const Block&);
   // later [columns][16] -= panel^T errors; errors [width][16], panel [width][kPanel], columns <= kPanel
   void (*update)(const float* errors, int64_t width, const float* panel, int64_t columns, float* later);
+  void (*refine)(const Refinement&);
 };
 
 // For the variant of that name (csrc/isa.h); every name has one.

@@ -1,5 +1,5 @@
 // For any processor: the compiler's vectors.
-#include "strip.h"
+#include "refine_strip.h"
 
 namespace bitwright {
 
@@ -22,8 +22,10 @@ void update(const float* errors, int64_t width, const float* panel, int64_t colu
   update_strip<Madd>(errors, width, panel, columns, later);
 }
 
+void refine(const Refinement& refinement) { refine_strip<Madd>(refinement); }
+
 }  // namespace
 
-const SolverKernels solver_scalar{assign, update};
+const SolverKernels solver_scalar{assign, update, refine};
 
 }  // namespace bitwright

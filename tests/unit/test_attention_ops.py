@@ -1,4 +1,4 @@
-"""The ops on the quantized cache and the small rest of a block: every variant against torch on the decoded cache."""
+"""The ops on the quantized cache: every variant against torch on the decoded cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bitwright.runtime import attention_ops, block_ops
 from bitwright.runtime.attention_ops import record_bytes
@@ -232,57 +231,50 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         attention_ops.kv_attention(states, records, records[:, :7].contiguous(), 3, 1.0, 0, 4)
 
 
-# --- the small rest of a block ---
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 1, 8), (3, 2, 80), (1, 4, 64)])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_step_is_the_single_ops(backend: str, bits: int, heads: int, group: int, dim: int, window: int) -> None:
+    wide, capacity = (heads * group + 2 * heads) * dim + 5, 20
+    key, value = heads * group * dim + 2, (heads * group + heads) * dim + 5
+    buffers = [filled(gaussian(heads, 6, dim, seed=seed), bits, capacity) for seed in (1, 2)]
+    ours, theirs = [b.clone() for b in buffers], [b.clone() for b in buffers]
+    position = 6
+    for tokens in (1, 5, 1):
+        x, angle = gaussian(tokens, wide, seed=position), gaussian(tokens, dim, seed=9)
+        cos, sin = angle.cos(), angle.sin()
+        parts = (x[:, : heads * group * dim], x[:, key : key + heads * dim], x[:, value : value + heads * dim])
+        q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
+        attention_ops.kv_append(theirs[0], block_ops.rope(k, cos, sin).transpose(0, 1), position, bits)
+        attention_ops.kv_append(theirs[1], v.transpose(0, 1), position, bits)
+        q, length = block_ops.rope(q, cos, sin).transpose(0, 1), position + tokens
+        expected = attention_ops.kv_attention(q, *theirs, length, 0.3, window, bits)
+        found = attention_ops.attention_step(x, cos, sin, *ours, position, heads * group, key, value, 0.3, window, bits)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        position += tokens
 
 
-@pytest.mark.parametrize("shape", [(1, 4096), (3, 7), (2, 5, 100), (40, 2048), (0, 8)])
-@pytest.mark.parametrize("factor", [1.0, 1e4, 1e-4, 0.0])
-def test_rms_norm_is_that_of_llama(backend: str, shape: tuple[int, ...], factor: float) -> None:
-    x, norm = gaussian(*shape) * factor, LlamaRMSNorm(shape[-1], eps=1e-5)
-    norm.weight.data = gaussian(shape[-1], seed=1)
-    with torch.no_grad():
-        expected = norm(x)
-    found = block_ops.rms_norm(x, norm.weight.detach(), 1e-5)
-    torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-9)
+def test_a_step_refuses_what_does_not_fit(backend: str) -> None:
+    keys = filled(gaussian(2, 5, 8), 4, 9)
+    x, cos = gaussian(1, 64), gaussian(1, 8)
 
+    def step(x: Tensor = x, position: int = 5, heads: int = 4, value: int = 48, at: Tensor = keys) -> Any:
+        return attention_ops.attention_step(x, cos, cos, keys, at, position, heads, 32, value, 0.3, 0, 4)
 
-@pytest.mark.parametrize("shape", [(1, 32, 128), (5, 3, 80), (40, 32, 64), (2, 1, 2), (0, 2, 4)])
-def test_rope_is_that_of_llama(backend: str, shape: tuple[int, int, int]) -> None:
-    tokens, heads, head_dim = shape
-    wide = gaussian(tokens, heads + 2, head_dim)
-    x = wide[:, 1 : 1 + heads]  # as out of a fused projection
-    angles = torch.arange(tokens).unsqueeze(1) * torch.linspace(1, 0.01, head_dim // 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    expected, _ = apply_rotary_pos_emb(x, x, angles.cos(), angles.sin(), unsqueeze_dim=1)
-    assert torch.equal(block_ops.rope(x, angles.cos(), angles.sin()), expected)
-
-
-@needs_native
-def test_rows_do_not_depend_on_threads_or_neighbours() -> None:
-    x, y = gaussian(50, 4096), gaussian(50, 4096, seed=1)
-    calls: list[Callable[[int], Tensor]] = [
-        lambda rows: block_ops.rms_norm(x[-rows:], y[0], 1e-6),
-        lambda rows: block_ops.rope(x[-rows:].unflatten(1, (-1, 64)), y[-rows:, :64], y[-rows:, 64:128]).flatten(1),
-    ]
-    for call in calls:
-        with threads(1):
-            expected = call(50)
-        assert torch.equal(call(1)[0], expected[-1])
-        for count in (2, 3):
-            with threads(count):
-                assert torch.equal(call(50), expected)
-
-
-def test_small_ops_refuse_what_does_not_fit(backend: str) -> None:
-    x = gaussian(2, 3, 8)
-    with pytest.raises(ValueError, match="weight must be"):
-        block_ops.rms_norm(x, gaussian(7), 1e-6)
+    step()
+    with pytest.raises(ValueError, match="do not fit a capacity of 9"):
+        step(position=9)
+    with pytest.raises(ValueError, match="3 query heads do not fit"):
+        step(heads=3)
+    with pytest.raises(ValueError, match="no 2 heads of 8 at 32 and 49"):
+        step(value=49)
+    with pytest.raises(ValueError, match="does not fit cos"):
+        step(x=gaussian(2, 64))
     with pytest.raises(ValueError, match="x must be float32"):
-        block_ops.rms_norm(x.double(), gaussian(8), 1e-6)
-    with pytest.raises(ValueError, match="even head_dim"):
-        block_ops.rope(x[..., :7], x[:, 0, :7], x[:, 0, :7])
-    with pytest.raises(ValueError, match="cos and sin must be"):
-        block_ops.rope(x, x[:, 0, :4], x[:, 0])
+        step(x=x.double())
+    with pytest.raises(ValueError, match="values must be uint8"):
+        step(at=keys.int())
 
 
 # --- as ops of torch ---

@@ -28,6 +28,7 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     order, bias, x = matrix.permutation.to(torch.int32), gaussian(32), gaussian(2, 3, 100)
     packed, counted = tiles.pack(matrix), planes.pack(matrix)
     records = torch.cat([encode(gaussian(2, 6, 9), 4), torch.zeros(2, 2, 9, dtype=torch.uint8)], dim=1)
+    wide = torch.cat([encode(gaussian(1, 6, 8), 4), torch.zeros(1, 2, 8, dtype=torch.uint8)], dim=1)
     upper, dead = torch.eye(40) + 0.1 * gaussian(40, 40).triu(), torch.arange(40) == 7
     return {
         "site_linear": [(x, packed, order, bias, 32, 4, 32, 1.0), (x[0, :1], packed, None, None, 32, 4, 32, 0.9)],
@@ -46,9 +47,15 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
             (gaussian(4, 1, 9), records, records, 6, 0.3, 4, 4),
             (gaussian(3, 4, 9).transpose(0, 1), records, records, 6, 0.3, 0, 4),
         ],
+        "attention_step": [
+            (gaussian(2, 40), gaussian(2, 8), gaussian(2, 8), wide, wide.clone(), 6, 3, 24, 32, 0.3, 4, 4),
+            (gaussian(1, 40), gaussian(1, 8), gaussian(1, 8), wide, wide.clone(), 0, 2, 16, 32, 0.3, 0, 4),
+        ],
         "hadamard": [(gaussian(2, 3, 64), 16), (gaussian(64, 3).T, 64)],
         "site_hadamard": [(x, order, 32, 1, 96), (x[0, :1], None, 12, 3, 80)],
         "rms_norm": [(gaussian(2, 9), gaussian(9), 1e-6)],
+        "add_rms_norm": [(gaussian(2, 9), gaussian(2, 9, seed=5), gaussian(9), 1e-6)],
+        "gated": [(gaussian(2, 3, 20), 11, 9)],
         "rope": [(gaussian(2, 3, 8), gaussian(2, 8), gaussian(2, 8))],
         "find_levels": [(gaussian(5, 40), gaussian(40).abs(), search, 2, 20) for search in ("dp", "uniform")],
         "solve_rows": [

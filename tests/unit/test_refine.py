@@ -15,11 +15,12 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
-from bitwright.solvers import SOLVERS, asymmetric_target, factorize, input_drift
-from bitwright.solvers.feedback import solve_rows
-from bitwright.solvers.levels import GridLevels
-from bitwright.solvers.refine import _descend, _refit, refine
+from bitwright.solvers import SOLVERS, asymmetric_target, factorize, input_drift, native
+from bitwright.solvers.feedback import find_levels, solve_rows
+from bitwright.solvers.levels import GridLevels, nearest
+from bitwright.solvers.refine import _descend, _refit, improve_reference, refine
 
+from .backends import VARIANTS, module, needs_native, restore
 from .twins import correlated, examples, gaussian
 
 
@@ -145,3 +146,45 @@ def test_the_asymmetric_target_is_the_ridge_regression(damping: float) -> None:
     assert torch.allclose(asymmetric_target(weights, input_drift(x.T @ x, factor), factor, 1.0), weights, atol=1e-4)
     with pytest.raises(ValueError, match="damped Hessian"):
         input_drift(full.T @ x, dataclasses.replace(factor, hessian=None))
+
+
+@needs_native
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("rows", "width", "bits"), [(1, 8, 1), (16, 128, 2), (37, 100, 2), (20, 40, 3), (5, 24, 4)])
+def test_native_blocks_are_as_good_as_the_torch_code(variant: str, rows: int, width: int, bits: int) -> None:
+    hessian = site(width, 3).hessian
+    weights = gaussian(rows, width, seed=4)
+    recipe = WeightRecipe(bits=bits, levels="dp")
+    start = find_levels(weights, torch.ones(width), recipe)
+    ranks = nearest(weights, start.values()).long()
+    target = weights + 0.05 * gaussian(rows, width, seed=5)
+
+    def loss(grid: GridLevels, ranks: torch.Tensor) -> torch.Tensor:
+        residual = (target - grid.values().gather(1, ranks)).double()
+        return ((residual @ hessian.double()) * residual).sum(dim=1)
+
+    expected = improve_reference(target, hessian, start, ranks)
+    try:
+        module.choose(variant)
+        found = native.refine_block(target, hessian, start, ranks)
+        for threads in (1, 3):
+            again = native.refine_block(target, hessian, start, ranks, threads)
+            assert torch.equal(again[0].integers, found[0].integers)
+            assert torch.equal(again[1], found[1])
+        last = native.refine_block(target[-1:], hessian, GridLevels(start.integers[-1:], start.scale[-1:]), ranks[-1:])
+    finally:
+        restore()
+    assert torch.equal(last[1][0], found[1][-1]), "a row depends on its neighbours"
+    before, ours, theirs = loss(start, ranks), loss(*found), loss(*expected)
+    assert (ours <= before * 1.0001).all()
+    # Where a sum tips a code the rest of the row goes another way: neither better nor worse on the whole.
+    assert ours.sum() <= theirs.sum() * 1.03
+    assert (found[1] == expected[1]).float().mean() > 0.9
+    assert (found[0].values().diff(dim=1) >= 0).all()
+
+
+@needs_native
+def test_native_blocks_refuse_what_does_not_fit() -> None:
+    grid = GridLevels(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"a target \[2, 8\] does not go with \[9, 9\]"):
+        native.refine_block(gaussian(2, 8), gaussian(9, 9), grid, torch.zeros(2, 8, dtype=torch.int64))

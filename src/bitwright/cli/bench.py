@@ -123,6 +123,10 @@ def model(
     console.out.print(f"first token  after {found.first_token_seconds:.2f} s")
     console.out.print(f"decode       {found.decode_tokens_per_second:,.2f} tokens/s (median of {tokens})")
     console.out.print(
+        f"generate()   {found.generate_tokens_per_second:,.2f} tokens/s through transformers,"
+        f" {found.generate_over_decode:.2f} x the time of a decode step"
+    )
+    console.out.print(
         f"memory       {found.decode_gigabytes_per_second:.1f} GB/s moved,"
         f" {found.read_gigabytes_per_second:.1f} GB/s readable: {found.of_read_rate:.0%};"
         f" {console.size(found.bytes_per_token)} of weights a token"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bitwright.recipe import Recipe, parse_option, preset
+from bitwright.recipe import DEFAULT, Recipe, parse_option, preset
 
 
 def _console(stderr: bool) -> Console:
@@ -33,10 +33,10 @@ def size(count: float) -> str:
 
 
 def recipe_from(
-    preset_name: str, file: str | None, options: list[str], *, tune: bool = False, **shortcuts: Any
+    preset_name: str | None, file: str | None, options: list[str], *, tune: bool = False, **shortcuts: Any
 ) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset, then --tune, --set, and the named shortcuts."""
-    recipe = Recipe.from_file(file) if file else preset(preset_name)
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --tune, --set, the shortcuts."""
+    recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
     if tune and recipe.tune is None:
         recipe = recipe.with_options({"tune": {}})
     changes = dict(parse_option(option) for option in options)

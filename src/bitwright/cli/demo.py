@@ -15,7 +15,7 @@ from bitwright.cli import console, options
 
 def command(
     out: str | None = typer.Option(None, help="keep the artifact in this directory (default: a temporary one)"),
-    preset: options.Preset = "bwa",
+    preset: options.Preset = None,
     set_: options.Set = [],  # noqa: B006
     threads: options.Threads = None,
     as_json: options.AsJson = False,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     model: str = typer.Argument(..., help="Hugging Face model directory"),
-    preset: options.Preset = "bwa",
+    preset: options.Preset = None,
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
     outliers: options.Outliers = None,

@@ -20,7 +20,7 @@ def command(
     output: str = typer.Argument(..., help="directory to write; must not exist"),
     more: list[str] = typer.Argument(None, metavar="FILE", help="further files for --calib"),
     calib: list[str] = typer.Option(..., "--calib", help="calibration text: .txt, .txt.xz or .jsonl; one or several"),
-    preset: options.Preset = "bwa",
+    preset: options.Preset = None,
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
     outliers: options.Outliers = None,

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -167,6 +168,7 @@ class ModelSpeed:
     prefill_tokens_per_second: float
     first_token_seconds: float
     decode_tokens_per_second: float
+    generate_tokens_per_second: float
     bytes_per_token: int
     read_gigabytes_per_second: float
     resident_bytes: int
@@ -180,11 +182,17 @@ class ModelSpeed:
         """Bytes that decode moves a second over the read rate measured between its tokens."""
         return self.decode_gigabytes_per_second / self.read_gigabytes_per_second
 
+    @property
+    def generate_over_decode(self) -> float:
+        """Time of a token of transformers' generate() over that of a decode step."""
+        return self.decode_tokens_per_second / self.generate_tokens_per_second
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **vars(self),
             "decode_gigabytes_per_second": self.decode_gigabytes_per_second,
             "of_read_rate": self.of_read_rate,
+            "generate_over_decode": self.generate_over_decode,
         }
 
 
@@ -233,7 +241,8 @@ def model_speed(
             began = time.perf_counter()
             module.read_memory(part.data_ptr(), part.numel() // 8, threads)
             reads.append(part.numel() / (time.perf_counter() - began) / 1e9)
-            on_token(index + 1, new_tokens)
+            on_token(index + 1, 2 * new_tokens)
+        generated = _generate_steps(model, ids, cache(), new_tokens, on_token)
     return ModelSpeed(
         name=name,
         variant=module.chosen(),
@@ -243,10 +252,39 @@ def model_speed(
         prefill_tokens_per_second=prompt_tokens / prefill,
         first_token_seconds=first,
         decode_tokens_per_second=1 / statistics.median(steps),
+        generate_tokens_per_second=1 / statistics.median(generated),
         bytes_per_token=weight_bytes(model),
         read_gigabytes_per_second=statistics.median(reads),
         resident_bytes=resident_bytes(),
     )
+
+
+def _generate_steps(
+    model: Any, ids: Tensor, cache: Any, tokens: int, on_token: Callable[[int, int], None]
+) -> list[float]:
+    """Seconds of each new token but the first of a greedy generate() of transformers behind the same prompt."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    ends: list[float] = []
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+            ends.append(time.perf_counter())
+            on_token(tokens + min(len(ends), tokens), 2 * tokens)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    # A token more than asked for: what is timed lies between two.
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([Clock()]),
+    )
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def resident_bytes() -> int:

@@ -9,6 +9,7 @@ from bitwright.recipe.parts import TransformRecipe as TransformRecipe
 from bitwright.recipe.parts import TuneRecipe as TuneRecipe
 from bitwright.recipe.parts import WeightRecipe as WeightRecipe
 from bitwright.recipe.parts import outlier_count as outlier_count
+from bitwright.recipe.presets import DEFAULT as DEFAULT
 from bitwright.recipe.presets import PRESETS as PRESETS
 from bitwright.recipe.presets import preset as preset
 from bitwright.recipe.whole import Recipe as Recipe

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from bitwright.errors import RecipeError
-from bitwright.recipe.parts import ActivationRecipe, KVRecipe, TransformRecipe, WeightRecipe
+from bitwright.recipe.parts import ActivationRecipe, CalibrationRecipe, KVRecipe, TransformRecipe, WeightRecipe
 from bitwright.recipe.whole import Recipe
 
+# What is used where no preset is named.
+DEFAULT = "bitwright"
+
 PRESETS: dict[str, Recipe] = {
+    # The least excess that we know of without training at the bits of `bwa` (docs/quality.md).
+    DEFAULT: Recipe(
+        name=DEFAULT,
+        weights=WeightRecipe(levels="dp", feedback="column", order="descending", refine=2),
+        transform=TransformRecipe(hadamard="group"),
+        activations=ActivationRecipe(balance="none"),
+        calibration=CalibrationRecipe(reforward=True, asymmetry=1.0),
+    ),
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),
     # Weights alone, in the order of the model, as the paper and its code by default.

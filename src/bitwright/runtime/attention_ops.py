@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bitwright.native import native
+from bitwright.runtime.block_ops import rope_eager
 from bitwright.runtime.kv_cache import decode, encode, record_bytes
-from bitwright.runtime.schemas import kernel
+from bitwright.runtime.schemas import kernel, require_float32
 
 
 def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
@@ -137,5 +138,81 @@ def _kv_attention_reference(
     return y.transpose(0, 1).contiguous()
 
 
+@kernel("attention_step")
+def attention_step_eager(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    query_heads: int,
+    key: int,
+    value: int,
+    scale: float,
+    window: int,
+    bits: int,
+) -> Tensor:
+    """All that a decode step does between the projections of a block: rope, kv_append twice, kv_attention, in one call.
+
+    x fp32 [new, columns] holds the queries of `query_heads` heads in its first columns, the keys and values of the
+    cache's heads from the columns `key` and `value` on; cos and sin fp32 [new, head_dim]. keys and values are records
+    uint8 [heads, capacity, bytes] that get the new tokens at `position`, in place. Returns fp32 [new, query heads,
+    head_dim]. The numbers are those of the single ops.
+    """
+    require_float32(x=x, cos=cos, sin=sin)
+    tokens, head_dim = cos.shape
+    _check_records("keys", keys, head_dim, bits)
+    _check_records("values", values, head_dim, bits)
+    heads, capacity, _ = keys.shape
+    if keys.shape != values.shape or heads < 1 or query_heads < 1 or query_heads % heads:
+        raise ValueError(
+            f"{query_heads} query heads do not fit keys {list(keys.shape)} and values {list(values.shape)}"
+        )
+    if x.dim() != 2 or x.shape[0] != tokens or sin.shape != cos.shape or head_dim % 2:
+        raise ValueError(f"x {list(x.shape)} does not fit cos {list(cos.shape)} and sin {list(sin.shape)}")
+    last = x.shape[1] - heads * head_dim
+    if not (query_heads * head_dim <= x.shape[1] and 0 <= key <= last and 0 <= value <= last):
+        raise ValueError(f"x of {x.shape[1]} columns has no {heads} heads of {head_dim} at {key} and {value}")
+    if position < 0 or position + tokens > capacity or window < 0:
+        raise ValueError(f"{tokens} tokens at {position}, window {window}, do not fit a capacity of {capacity}")
+    module = native()
+    if module is None:
+        q, k, v = (
+            x[:, at : at + count * head_dim].unflatten(1, (-1, head_dim))
+            for at, count in ((0, query_heads), (key, heads), (value, heads))
+        )
+        kv_append_eager(keys, rope_eager(k, cos, sin).transpose(0, 1), position, bits)
+        kv_append_eager(values, v.transpose(0, 1), position, bits)
+        q, length = rope_eager(q, cos, sin).transpose(0, 1), position + tokens
+        return _kv_attention_reference(q, keys, values, length, scale, window, bits)
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty((tokens, query_heads, head_dim), dtype=torch.float32)
+    if tokens:
+        module.attention_step(
+            x.data_ptr(),
+            tokens,
+            x.shape[1],
+            query_heads,
+            key,
+            value,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            heads,
+            capacity,
+            head_dim,
+            bits,
+            position,
+            window,
+            scale,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y
+
+
 kv_append = torch.ops.bitwright.kv_append.default
 kv_attention = torch.ops.bitwright.kv_attention.default
+attention_step = torch.ops.bitwright.attention_step.default

@@ -1,9 +1,8 @@
-"""The small rest of a decoder block as ops: norm and rotary embedding; fp32.
+"""The small rest of a decoder block as ops: norm, rotary embedding, gated activation; fp32.
 
 At one token each of them is a handful of torch ops of some thousand numbers, whose calls cost more than their
-arithmetic. (The gated activation is not here: torch's silu and product are as fast.) Rows do not touch each other, and
-results do not depend on the number of threads. Numerics are those of transformers' Llama in fp32. Native and
-reference kernels; the schemas stand in schemas.py.
+arithmetic. Rows do not touch each other, and results do not depend on the number of threads. Numerics are those of
+transformers' Llama in fp32. Native and reference kernels; the schemas stand in schemas.py.
 """
 
 from __future__ import annotations
@@ -18,19 +17,68 @@ from bitwright.runtime.schemas import kernel, require_float32
 @kernel("rms_norm")
 def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x fp32 [..., width], weight fp32 [width] -> weight * x / sqrt(mean(x^2) + eps), as LlamaRMSNorm."""
+    _check_norm(x, weight)
+    if native() is None:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+    x = x.contiguous()
+    normed = torch.empty_like(x)
+    _run_norm(x, None, weight, eps, None, normed)
+    return normed
+
+
+@kernel("add_rms_norm")
+def add_rms_norm_eager(x: Tensor, add: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x and add fp32 [..., width] -> (x + add, its rms_norm): the residual stream behind a product, and its norm."""
+    _check_norm(x, weight)
+    require_float32(add=add)
+    if add.shape != x.shape:
+        raise ValueError(f"add must be {list(x.shape)} as x; found {list(add.shape)}")
+    if native() is None:
+        total = x + add
+        return total, rms_norm_eager(total, weight, eps)
+    x, add = x.contiguous(), add.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    _run_norm(x, add, weight, eps, total, normed)
+    return total, normed
+
+
+def _check_norm(x: Tensor, weight: Tensor) -> None:
     require_float32(x=x, weight=weight)
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1] if x.dim() else 1}]; found {list(weight.shape)}")
+
+
+def _run_norm(x: Tensor, add: Tensor | None, weight: Tensor, eps: float, total: Tensor | None, normed: Tensor) -> None:
+    module, width = native(), x.shape[-1]
+    if module is None or not x.numel():
+        return
+    weight = weight.contiguous()
+    module.rms_norm(
+        x.data_ptr(),
+        0 if add is None else add.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        0 if total is None else total.data_ptr(),
+        normed.data_ptr(),
+        x.numel() // width,
+        width,
+        torch.get_num_threads(),
+    )
+
+
+@kernel("gated")
+def gated_eager(x: Tensor, up: int, size: int) -> Tensor:
+    """x fp32 [..., columns] -> silu(x[..., :size]) * x[..., up : up + size] (SwiGLU), silu(v) = v / (1 + exp(-v))."""
+    require_float32(x=x)
+    if x.dim() < 1 or not 0 < size <= up or up + size > x.shape[-1]:
+        raise ValueError(f"x {list(x.shape)} has no gate in its first {size} columns and as many from {up} on")
     module = native()
     if module is None:
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
-    x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
-    if x.numel():
-        width = x.shape[-1]
-        module.rms_norm(
-            x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // width, width, torch.get_num_threads()
-        )
+        return torch.nn.functional.silu(x[..., :size]) * x[..., up : up + size]
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], size), dtype=torch.float32)
+    columns = x.shape[-1]
+    module.gated(x.data_ptr(), x.numel() // columns, columns, up, size, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -71,4 +119,6 @@ def rope_eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 rms_norm = torch.ops.bitwright.rms_norm.default
+add_rms_norm = torch.ops.bitwright.add_rms_norm.default
+gated = torch.ops.bitwright.gated.default
 rope = torch.ops.bitwright.rope.default

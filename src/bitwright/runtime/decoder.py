@@ -2,10 +2,12 @@
 beyond what attention reads.
 
 A block through transformers' own code is some sixty torch calls, and its cache hands attention the dequantized whole
-of what was said so far. Here a block is ten calls: norm, one product for q, k and v, rotation, two appends to the
-quantized cache, attention that reads the records where they lie, the output product, norm, one product for gate and up,
-their activation, the last product. The residual stream is fp32 whatever the model's dtype. No call goes through torch's
-dispatcher to the ops: this path is never traced, and at one token that would be a third of what a call costs.
+of what was said so far. Here a block is eight calls: one product for q, k and v; a step of attention that rotates them,
+appends to the quantized cache and reads its records where they lie; the output product; residual and norm; one product
+for gate and up; their activation; the last product; residual and norm. The residual stream is fp32 whatever the model's
+dtype. No call goes through torch's dispatcher to the ops: this path is never traced, and at one token that would be a
+third of what a call costs. What stands between the products is cold in the caches when its turn comes, after megabytes
+of weights: every Python call costs several times what it does alone.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.runtime.attention_ops import kv_append_eager, kv_attention_eager
-from bitwright.runtime.block_ops import rms_norm_eager, rope_eager
+from bitwright.runtime.attention_ops import attention_step_eager, kv_append_eager, kv_attention_eager
+from bitwright.runtime.block_ops import add_rms_norm_eager, gated_eager, rms_norm_eager, rope_eager
 from bitwright.runtime.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from bitwright.runtime.linear import Kernel, QuantizedLinear, quantized_linears
+from bitwright.runtime.native_blocks import NativeBlocks
 from bitwright.runtime.tiles import TILE_ROWS
 
 # Models whose blocks are RMSNorm, rotary attention without clipping, RMSNorm, SwiGLU, in this order.
@@ -27,16 +30,17 @@ FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 
 
 @dataclass
-class _Site:
+class Site:
     """The linears of a site, multiplied in one call."""
 
     packed: Tensor
     kernel: Kernel
     rows: int
+    columns: int
     parts: list[slice]  # of each linear in the outputs
 
     @classmethod
-    def of(cls, *linears: QuantizedLinear) -> _Site:
+    def of(cls, *linears: QuantizedLinear) -> Site:
         """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves them."""
         tensors, parts, biases, row = [], [], [], 0
         for linear in linears:
@@ -51,11 +55,11 @@ class _Site:
             row += linear.out_features + padding
         kernel = linears[0].kernel()
         whole = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-        return cls(_joined(tensors), replace(kernel, op=kernel.eager, bias=whole), row, parts)
+        return cls(_joined(tensors), replace(kernel, op=kernel.eager, bias=whole), row, linears[0].in_features, parts)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        y = self.kernel(x, self.packed, self.rows)
-        return [y[:, part] for part in self.parts]
+    def __call__(self, x: Tensor) -> Tensor:
+        """All outputs fp32 [tokens, rows], the linears' at `parts`."""
+        return self.kernel(x, self.packed, self.rows)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -70,49 +74,80 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.as_strided(first, (total,), (1,), first.storage_offset())
 
 
-class _Norm:
+class Norm:
+    """A norm and its weight in fp32: the model's own, or a copy of it where that has another dtype."""
+
     def __init__(self, module: Any) -> None:
         self.module, self.eps = module, module.variance_epsilon
+        self.source = module.weight
+        self.weight = module.weight.detach().float()
+        self.version = self._written()
+
+    def _written(self) -> int:
+        """A number that changes when the source is written to; a weight without one is taken to stay as it is."""
+        return 0 if self.source.is_inference() else int(self.source._version)
+
+    def valid(self) -> bool:
+        """Whether the module still has this weight; brings the copy up to date, in its place."""
+        if self.version != self._written():
+            self.weight.copy_(self.source.detach())
+            self.version = self._written()
+        return self.module.weight is self.source
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm_eager(x, self.module.weight.float(), self.eps)
+        return rms_norm_eager(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]:
+        """x + add, and its norm."""
+        return add_rms_norm_eager(x, add, self.weight, self.eps)
 
 
-class _Block:
+class Block:
     def __init__(self, layer: Any, config: Any, index: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.index = index
-        self.input_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.query_norm = _Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self.key_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        self.attn_in = _Site.of(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.attn_out = _Site.of(attention.o_proj)
-        self.mlp_in = _Site.of(mlp.gate_proj, mlp.up_proj)
-        self.mlp_out = _Site.of(mlp.down_proj)
-        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.input_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.head_norms = (Norm(attention.q_norm), Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        self.attn_in = Site.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.attn_out = Site.of(attention.o_proj)
+        self.mlp_in = Site.of(mlp.gate_proj, mlp.up_proj)
+        self.mlp_out = Site.of(mlp.down_proj)
+        self.head_dim, self.scale = attention.head_dim, float(attention.scaling)
+        query, key, _ = self.attn_in.parts
+        self.query_heads, self.key_heads = ((part.stop - part.start) // self.head_dim for part in (query, key))
         types = getattr(config, "layer_types", None)
         slides = types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
         self.window = int(config.sliding_window) if slides else 0
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: QuantizedKVLayer) -> Tensor:
-        """x fp32 [tokens, hidden] -> the same; appends the tokens' keys and values to `cache`."""
-        tokens = x.shape[0]
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.attn_in(self.input_norm(x)))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rope_eager(q, cos, sin), rope_eager(k, cos, sin)
-        if cache.hadamard:
-            q, k = cache.turned(q), cache.turned(k)
-        keys, values, position = cache.reserve(k.shape[1], tokens, self.head_dim)
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.input_norm, self.mlp_norm, *(self.head_norms or ()))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: QuantizedKVLayer) -> Tensor:
+        """x fp32 [tokens, hidden] behind its norm -> the output projection's; keys and values go to `cache`."""
+        made, tokens = self.attn_in(x), x.shape[0]
+        keys, values, position = cache.reserve(self.key_heads, tokens, self.head_dim)
+        if self.head_norms is None and not cache.hadamard:
+            _, key, value = self.attn_in.parts
+            places = (self.query_heads, key.start, value.start)
+            mixed = attention_step_eager(
+                made, cos, sin, keys, values, position, *places, self.scale, self.window, cache.bits
+            )
+            return self.attn_out(mixed.view(tokens, -1))
+        q, k, v = (made[:, part].unflatten(1, (-1, self.head_dim)) for part in self.attn_in.parts)
+        if self.head_norms is not None:
+            q, k = (norm(states) for norm, states in zip(self.head_norms, (q, k), strict=True))
+        q, k = cache.turned(rope_eager(q, cos, sin)), cache.turned(rope_eager(k, cos, sin))
         kv_append_eager(keys, k.transpose(0, 1), position, cache.bits)
         kv_append_eager(values, v.transpose(0, 1), position, cache.bits)
         length = position + tokens
         mixed = kv_attention_eager(q.transpose(0, 1), keys, values, length, self.scale, self.window, cache.bits)
-        (attended,) = self.attn_out(mixed.flatten(1))
-        x = x + attended
-        gate, up = self.mlp_in(self.mlp_norm(x))
-        (made,) = self.mlp_out(nn.functional.silu(gate) * up)
-        return x + made
+        return self.attn_out(mixed.flatten(1))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x fp32 [tokens, hidden] behind its norm -> the last product's."""
+        gate, up = self.mlp_in.parts
+        return self.mlp_out(gated_eager(self.mlp_in(x), up.start, gate.stop))
 
 
 class Decoder:
@@ -121,14 +156,22 @@ class Decoder:
     def __init__(self, model: Any) -> None:
         base = model.model
         self.embedding, self.rotary = base.embed_tokens, base.rotary_emb
-        self.blocks = [_Block(layer, model.config, index) for index, layer in enumerate(base.layers)]
-        self.norm = _Norm(base.norm)
+        self.blocks = [Block(layer, model.config, index) for index, layer in enumerate(base.layers)]
+        self.norm = Norm(base.norm)
+        self.norms = [*(norm for block in self.blocks for norm in block.norms), self.norm]
+        self.served = NativeBlocks.serves(self.blocks)
+        self._whole: NativeBlocks | None = None
         # The tensors that the sites above were made of: a linear that has others now has other weights.
         self.made_of = [(linear, linear.packed, linear.bias) for _, linear in quantized_linears(base.layers)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: they have other tensors, which the native blocks do not know."""
+        return self.__dict__ | {"_whole": None}
+
     def valid(self) -> bool:
         """Whether the model still has the weights that this was made of."""
-        return all(linear.packed is packed and linear.bias is bias for linear, packed, bias in self.made_of)
+        same = all(linear.packed is packed and linear.bias is bias for linear, packed, bias in self.made_of)
+        return same and all(norm.valid() for norm in self.norms)
 
     @staticmethod
     def why_not(model: Any) -> str | None:
@@ -150,8 +193,18 @@ class Decoder:
         x = self.embedding(ids).float()
         positions = torch.arange(start, start + ids.shape[0]).unsqueeze(0)
         cos, sin = (part[0].float() for part in self.rotary(x.unsqueeze(0), position_ids=positions))
-        for block in self.blocks:
+        if self.served and not any(getattr(layer, "hadamard", False) for layer in cache.layers):
+            if self._whole is None:
+                self._whole = NativeBlocks(self.blocks, self.norm)
+            return self._whole(x, cos, sin, cache)
+        return self.block_by_block(x, cos, sin, cache)
+
+    def block_by_block(self, x: Tensor, cos: Tensor, sin: Tensor, cache: QuantizedKVCache) -> Tensor:
+        """The blocks and the last norm, call by call: for all that the native code does not know as a whole."""
+        normed = self.blocks[0].input_norm(x)
+        for block, following in zip(self.blocks, [*(b.input_norm for b in self.blocks[1:]), self.norm], strict=True):
             layer = cache.layers[block.index]
             assert isinstance(layer, QuantizedKVLayer)
-            x = block(x, cos, sin, layer)
-        return self.norm(x)
+            x, normed = block.mlp_norm.after(x, block.attention(normed, cos, sin, layer))
+            x, normed = following.after(x, block.mlp(normed))
+        return normed

@@ -18,7 +18,7 @@ from bitwright.runtime.planes import PlaneGeometry, unpack
 from bitwright.runtime.schemas import kernel
 
 BALANCES: tuple[str, ...] = get_args(ActivationRecipe.model_fields["balance"].annotation)
-_NATIVE = ("none", "support", "literal")  # the numbers of csrc/planes/planes.h
+NATIVE = ("none", "support", "literal")  # the numbers of csrc/planes/planes.h
 
 
 def _geometry(x: Tensor, rows: int, outliers: int, group: int, balance: str) -> PlaneGeometry:
@@ -52,7 +52,7 @@ def site_planes_eager(
     if module is None:
         recipe = ActivationRecipe(bits=4, balance=cast(Any, balance), clip=clip)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
-    return run_site(module.site_planes, x, packed, order, bias, geometry, clip, _NATIVE.index(balance))
+    return run_site(module.site_planes, x, packed, order, bias, geometry, clip, NATIVE.index(balance))
 
 
 site_planes = torch.ops.bitwright.site_planes.default

@@ -9,9 +9,9 @@ same bytes, for machines without a compiler and as a second opinion in the tests
 | `ops`            | `site_linear`, `dequantize`, `dense_linear`, `head_linear` |
 | `plane_ops`      | `site_planes`                                              |
 | `activation_ops` | `quantize_site`                                            |
-| `attention_ops`  | `kv_append`, `kv_attention`                                |
+| `attention_ops`  | `kv_append`, `kv_attention`, `attention_step`              |
 | `hadamard_ops`   | `hadamard`, `site_hadamard`                                |
-| `block_ops`      | `rms_norm`, `rope`                                         |
+| `block_ops`      | `rms_norm`, `add_rms_norm`, `rope`, `gated`                |
 | `solver_ops`     | `find_levels`, `solve_rows`                                |
 
 The kernels check what they are given and raise ValueError; the native code gets addresses and sizes and knows no torch.
@@ -122,6 +122,26 @@ def _kv_attention(
 ) -> Tensor:
     heads, tokens, head_dim = queries.shape
     return queries.new_empty((tokens, heads, head_dim))
+
+
+@_op(
+    "attention_step(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, SymInt position,"
+    " int query_heads, int key, int value, float scale, int window, int bits) -> Tensor"
+)
+def _attention_step(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int, query_heads: int, *_: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], query_heads, cos.shape[-1]))
+
+
+@_op("gated(Tensor x, int up, int size) -> Tensor")
+def _gated(x: Tensor, up: int, size: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], size))
+
+
+@_op("add_rms_norm(Tensor x, Tensor add, Tensor weight, float eps) -> (Tensor total, Tensor normed)")
+def _add_rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_op("hadamard(Tensor x, int block) -> Tensor")

@@ -128,7 +128,9 @@ def _inputs() -> list[_Case]:
         ("hadamard, 448", lambda: hadamard_ops.hadamard(x, 448), 0.0),
         ("hadamard, 64", lambda: hadamard_ops.hadamard(x, 64), 0.0),
         ("rms_norm", lambda: block_ops.rms_norm(x, scale, 1e-6), 1e-6),
+        ("add_rms_norm", lambda: torch.stack(block_ops.add_rms_norm(x, x.flip(0), scale, 1e-6)), 1e-6),
         ("rope", lambda: block_ops.rope(heads, angles.cos(), angles.sin()), 1e-6),
+        ("gated", lambda: block_ops.gated(x, 224, 224), 1e-6),
     ]
 
 
@@ -146,7 +148,15 @@ def _attention() -> list[_Case]:
         y: Tensor = attention_ops.kv_attention(queries, records, records, 70, 0.2, 40, 4)
         return y
 
-    return [("kv_append", appended, 0.0), ("kv_attention", attended, 1e-4)]
+    def step() -> Tensor:
+        keys, values = records.clone(), records.clone()
+        x, angles = queries.transpose(0, 1).reshape(3, -1), states[0, :3]
+        y: Tensor = attention_ops.attention_step(
+            x, angles.cos(), angles.sin(), keys, values, 60, 2, 144, 288, 0.2, 40, 4
+        )
+        return torch.cat([y.flatten(), keys.float().flatten(), values.float().flatten()])
+
+    return [("kv_append", appended, 0.0), ("kv_attention", attended, 1e-4), ("attention_step", step, 1e-4)]
 
 
 def _solver() -> list[_Case]:

@@ -138,6 +138,28 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe, threads
     return GridLevels(integers, scale, zero if recipe.kind == "uniform" else None)
 
 
+def refine_block(
+    target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor, threads: int | None = None
+) -> tuple[GridLevels, Tensor]:
+    """As `refine.improve`; fp32 on the CPU, at most 16 levels. Raises ValueError for shapes that do not go together.
+
+    Sums are in another order than torch's: a level or a code may differ where two are as good as equal.
+    """
+    rows, width = target.shape
+    count = grid.integers.shape[1]
+    shapes = (square.shape, ranks.shape, grid.integers.shape, grid.scale.shape)
+    if shapes != ((width, width), (rows, width), (rows, count), (rows,)) or count > 16:
+        raise ValueError(f"a target [{rows}, {width}] does not go with {', '.join(str(list(s)) for s in shapes)}")
+    target, square = target.contiguous(), square.contiguous()
+    integers, scale = grid.integers.clone(), grid.scale.clone()
+    narrow = ranks.to(torch.uint8).contiguous()
+    addresses = (tensor.data_ptr() for tensor in (integers, scale, narrow))
+    native().refine_block(
+        target.data_ptr(), square.data_ptr(), rows, width, count, *addresses, threads or torch.get_num_threads()
+    )
+    return GridLevels(integers, scale), narrow.long()
+
+
 def check_block(block: Tensor, importance: Tensor) -> tuple[int, int]:
     """Rows and width of a block that goes with such importances; ValueError where they do not."""
     if block.dim() != 2 or block.shape[1] < 1 or importance.shape != block.shape[1:]:

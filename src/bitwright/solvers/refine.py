@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix, code_of_rank
 from bitwright.packing import pack_planes
+from bitwright.solvers import native
 from bitwright.solvers.feedback import quantize_outlier_columns
 from bitwright.solvers.levels import GridLevels, nearest, snap
 
@@ -46,7 +47,7 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
             square = hessian[block, block]
             target = _target(weights, error, hessian, block, factors[index])
             grid = GridLevels(integers[:, index], scales[:, index])
-            grid, block_ranks = _improve(target, square, grid, ranks[:, block])
+            grid, block_ranks = improve(target, square, grid, ranks[:, block])
             integers[:, index], scales[:, index], ranks[:, block] = grid.integers, grid.scale, block_ranks
             error[:, block] = weights[:, block] - grid.values().gather(1, block_ranks)
         if outliers is not None and outlier_scales is not None:
@@ -74,8 +75,19 @@ def _target(weights: Tensor, error: Tensor, hessian: Tensor, block: slice, facto
     return weights[:, block] + torch.cholesky_solve(pull.T, factor).T
 
 
-def _improve(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) -> tuple[GridLevels, Tensor]:
-    """Refitted levels and exchanged codes of one block, row by row where they lower (T - Q) H_bb (T - Q)^T."""
+def improve(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) -> tuple[GridLevels, Tensor]:
+    """Refitted levels and exchanged codes of one block, row by row where they lower (T - Q) H_bb (T - Q)^T.
+
+    target fp32 [rows, width], square = H_bb fp32 [width, width], ranks int64 [rows, width]. The native code does it
+    where it is there; `improve_reference` does it anywhere.
+    """
+    if native.available(target, square):
+        return native.refine_block(target, square, grid, ranks)
+    return improve_reference(target, square, grid, ranks)
+
+
+def improve_reference(target: Tensor, square: Tensor, grid: GridLevels, ranks: Tensor) -> tuple[GridLevels, Tensor]:
+    """`improve` in torch: the oracle of the native code."""
     before = _loss(target - grid.values().gather(1, ranks), square)
     fitted = snap(_refit(target, square, grid, ranks).sort(dim=1).values)
     start = nearest(grid.values().gather(1, ranks), fitted.values()).long()

@@ -1,0 +1,171 @@
+"""The ablation of the default recipe on one model: ideas alone, the path from the paper to it, and it without each.
+
+    python bench/quality.py MODEL --calib wiki=train.txt --calib c4=sample.txt@0:0.5 \
+        --text wikitext2.txt --text sample.txt@0.5:1 --spaced ptb.txt --out DIR
+
+Every row is quantized and measured by `bitwright compare`'s engine, on each calibration text: killed, the same command
+goes on. `FILE@a:b` is the part of a file from the share a to the share b. Writes DIR/quality.md and DIR/quality.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitwright.calibration import Text, read_text
+from bitwright.calibration.text import text_of
+from bitwright.recipe import PRESETS, Recipe, preset
+from bitwright.report.compare import Comparison, Measuring
+from bitwright.report.grid import ORIGINAL, Method
+
+BASE, BEST = "bwa", "bitwright"
+# Each idea by the keys of the recipe that it sets, in the order of the path.
+IDEAS: dict[str, tuple[str, ...]] = {
+    "one scale for all planes of a group": ("activations.balance",),
+    "column feedback": ("weights.feedback",),
+    "exact levels": ("weights.levels",),
+    "channels in descending order": ("weights.order",),
+    "refinement": ("weights.refine",),
+    "re-forward": ("calibration.reforward",),
+    "asymmetric target": ("calibration.asymmetry",),
+    "Hadamard in each group": ("transform.hadamard",),
+}
+
+
+def value_at(recipe: Recipe, key: str) -> Any:
+    found: Any = recipe.to_dict()
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def options(recipe: Recipe, ideas: list[str]) -> dict[str, Any]:
+    """The keys of these ideas as `recipe` has them."""
+    return {key: value_at(recipe, key) for idea in ideas for key in IDEAS[idea]}
+
+
+def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]]:
+    """(section, label, recipe) of every row."""
+    base, best = preset(BASE), preset(BEST)
+    names = list(IDEAS)
+    left = {key for key in _keys(base.to_dict()) if value_at(base, key) != value_at(best, key)}
+    if missing := left - {"name"} - {key for keys in IDEAS.values() for key in keys}:
+        raise SystemExit(f"presets {BASE} and {BEST} differ in {', '.join(sorted(missing))}, which no idea names")
+    for idea in names:
+        yield "each idea alone", idea, base.with_options(options(best, [idea]))
+    for count in range(len(names) + 1):
+        label = BASE if count == 0 else f"+ {names[count - 1]}"
+        yield "the path", label, base.with_options(options(best, names[:count]))
+    for idea in names:
+        yield "the default without", idea, best.with_options(options(base, [idea]))
+    for name in (BASE, BEST):
+        for seed in seeds:
+            yield "seeds", f"{name}, seed {seed}", preset(name).with_options({"calibration.seed": seed})
+        for size in sizes:
+            label = f"{name}, {size} segments"
+            yield "calibration segments", label, preset(name).with_options({"calibration.sequences": size})
+
+
+def _keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def read(word: str, join: str = "none") -> Text:
+    """`FILE` or `FILE@a:b`."""
+    path, at, part = word.partition("@")
+    text = read_text([path], join)
+    if not at:
+        return text
+    begin, _, end = part.partition(":")
+    count = len(text.content)
+    return text_of(f"{text.name}@{part}", text.content[int(float(begin) * count) : int(float(end) * count)])
+
+
+def table(section: str, found: list[dict[str, Any]], texts: list[str]) -> list[str]:
+    """A section in Markdown: for each calibration text the excess on each text."""
+    calibrations = list(dict.fromkeys(row["calibration"] for row in found))
+    heads = [f"{text} ({calibration})" for calibration in calibrations for text in texts]
+    lines = [f"### {section[0].upper()}{section[1:]}", "", f"| | bits | s | {' | '.join(heads)} |"]
+    lines.append("|---" * (3 + len(heads)) + "|")
+    for label in dict.fromkeys(row["label"] for row in found):
+        same = [row for row in found if row["label"] == label]
+        cells = [f"{value:.4f}" for row in same for value in row["excess"]]
+        seconds = statistics.median(row["seconds"] for row in same)
+        lines.append(f"| {label} | {same[0]['bits']:.4f} | {seconds:.0f} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("--calib", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--spaced", action="append", default=[], help="texts whose lines are joined by spaces (PTB)")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--windows", type=int, help="at most so many windows of each text")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--sizes", default="32,64")
+    parser.add_argument("--sections", help="only sections whose names begin so, separated by commas")
+    parser.add_argument("--out", required=True, type=Path)
+    asked = parser.parse_args()
+    if BEST not in PRESETS:
+        raise SystemExit(f"there is no preset {BEST!r}")
+    texts = [*(read(word) for word in asked.text), *(read(word, "space") for word in asked.spaced)]
+    names = [text.name for text in texts]
+    wanted = [
+        row
+        for row in rows([int(s) for s in asked.seeds.split(",")], [int(s) for s in asked.sizes.split(",")])
+        if asked.sections is None or any(row[0].startswith(section) for section in asked.sections.split(","))
+    ]
+    found: list[dict[str, Any]] = []
+    for word in asked.calib:
+        name, _, path = word.partition("=")
+        methods = [Method(ORIGINAL, ORIGINAL, None)]
+        for section, label, recipe in wanted:
+            shared = {"calibration.sequences": asked.sequences, "calibration.length": asked.length}
+            changed = {
+                key: value for key, value in shared.items() if value_at(recipe, key) == value_at(preset(BASE), key)
+            }
+            methods.append(Method(f"{section}: {label}", label, recipe.with_options(changed | {"name": "ablation"})))
+        results = Comparison(
+            asked.model,
+            asked.out / name,
+            list({method.key: method for method in methods}.values()),
+            read(path),
+            Measuring(texts, asked.window, asked.windows),
+        ).carry_out()
+        by_key = {row["key"]: row for row in results["methods"]}
+        for (section, label, _), method in zip(wanted, methods[1:], strict=True):
+            row = by_key[method.key]
+            found.append(
+                {
+                    "section": section,
+                    "label": label,
+                    "calibration": name,
+                    "bits": row["linear_bits"],
+                    "seconds": row["quantize_seconds"],
+                    "excess": [entry["excess"] for entry in row["measured"]],
+                }
+            )
+    lines = [
+        line
+        for section in dict.fromkeys(row["section"] for row in found)
+        for line in table(section, [row for row in found if row["section"] == section], names)
+    ]
+    (asked.out / "quality.md").write_text("\n".join(lines), encoding="utf-8")
+    (asked.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
