@@ -88,7 +88,8 @@ def test_it_computes_what_is_stored(
     options: dict[str, Any], models: dict[str, Path], artifact: Callable[..., Path]
 ) -> None:
     """With everything quantized, and after a move: bit for bit what the modules of a loaded artifact compute."""
-    block, call, hidden, _ = opened(models["llama_biases"], artifact("llama_biases", "bwa", options), "bwa", options, {})
+    made = artifact("llama_biases", "bwa", options)
+    block, call, hidden, _ = opened(models["llama_biases"], made, "bwa", options, {})
     generator = torch.Generator().manual_seed(2)
     for value in block.values.values():
         value.mul_(1 + 0.05 * torch.randn(value.shape, generator=generator))
