@@ -79,11 +79,11 @@ NB_MODULE(_native, m) {
            threads);
   });
   m.def("site_linear", [](uintptr_t x, int64_t tokens, uintptr_t packed, int64_t rows, int64_t columns,
-                          int64_t outliers, int64_t group, uintptr_t order, float cut, int bits, uintptr_t bias,
-                          uintptr_t y, int threads) {
+                          int64_t outliers, int64_t group, uintptr_t order, float cut, int bits, float share,
+                          uintptr_t bias, uintptr_t y, int threads) {
     nb::gil_scoped_release free;
     site_linear(kernels(), at<const float>(x), tokens, at<const uint8_t>(packed),
-                Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits},
+                Geometry{rows, columns, outliers, group}, Quantizer{at<const int32_t>(order), cut, bits, share},
                 at<const float>(bias), at<float>(y), threads);
   });
   m.def("read_memory", [](uintptr_t words, int64_t count, int threads) {
@@ -111,12 +111,13 @@ NB_MODULE(_native, m) {
                 at<const float>(x), tokens, at<float>(y), threads);
   });
   m.def("quantize_site", [](uintptr_t x, int64_t tokens, int64_t columns, int64_t outliers, int64_t group,
-                            uintptr_t order, float cut, int bits, uintptr_t codes, uintptr_t step, uintptr_t rest,
+                            uintptr_t order, float cut, int bits, float share, uintptr_t codes, uintptr_t step,
+                            uintptr_t rest,
                             uintptr_t shift, uintptr_t outlier_codes, uintptr_t outlier_step, uintptr_t outlier_shift,
                             int threads) {
     nb::gil_scoped_release free;
     quantize_site(kernels(), at<const float>(x), Geometry{0, columns, outliers, group},
-                  Quantizer{at<const int32_t>(order), cut, bits},
+                  Quantizer{at<const int32_t>(order), cut, bits, share},
                   Activations{tokens, at<int8_t>(codes), at<float>(step), at<float>(rest), at<int32_t>(shift),
                               at<int8_t>(outlier_codes), at<float>(outlier_step), at<int32_t>(outlier_shift)},
                   threads);
@@ -157,7 +158,7 @@ NB_MODULE(_native, m) {
   });
   m.def("solve_rows", [](uintptr_t weights, uintptr_t upper, uintptr_t importance, uintptr_t dead, int64_t rows,
                          int64_t columns, int64_t outliers, int64_t group, int levels, int feedback, int bits,
-                         int iterations, bool symmetric, bool feedback_outliers, uintptr_t planes, uintptr_t scales,
+                         int iterations, bool symmetric, float clip, bool feedback_outliers, uintptr_t planes, uintptr_t scales,
                          uintptr_t level_codes, uintptr_t zeros, uintptr_t outlier_codes, uintptr_t outlier_scales,
                          int threads) {
     const SolverKernels& solver = solver_kernels(kernels().name);
@@ -166,15 +167,16 @@ NB_MODULE(_native, m) {
                SolveInputs{at<const float>(weights), at<const float>(upper), at<const float>(importance),
                            at<const uint8_t>(dead), rows, columns, outliers, group},
                SolveOptions{static_cast<LevelSearch>(levels), static_cast<Feedback>(feedback), bits, iterations,
-                            symmetric, feedback_outliers},
+                            symmetric, clip, feedback_outliers},
                SolveOutputs{at<uint8_t>(planes), at<uint16_t>(scales), at<int8_t>(level_codes), at<uint8_t>(zeros),
                             at<int8_t>(outlier_codes), at<uint16_t>(outlier_scales)},
                threads);
   });
   m.def("find_levels", [](uintptr_t block, uintptr_t importance, int64_t rows, int64_t width, int search, int bits,
-                          int iterations, bool symmetric, uintptr_t integers, uintptr_t scales, uintptr_t zeros, int threads) {
+                          int iterations, bool symmetric, float clip, uintptr_t integers, uintptr_t scales,
+                          uintptr_t zeros, int threads) {
     nb::gil_scoped_release free;
-    find_levels(LevelFinder(static_cast<LevelSearch>(search), bits, iterations, symmetric), at<const float>(block),
+    find_levels(LevelFinder(static_cast<LevelSearch>(search), bits, iterations, symmetric, clip), at<const float>(block),
                 at<const float>(importance), rows, width, at<int8_t>(integers), at<uint16_t>(scales),
                 at<uint8_t>(zeros), threads);
   });

@@ -28,10 +28,11 @@ void bind_blocks(nb::module_& m, AllKernels (*kernels)()) {
   });
   nb::class_<Site>(m, "Site").def("__init__", [](Site* self, uintptr_t packed, int64_t rows, int64_t columns,
                                                  int64_t outliers, int64_t group, uintptr_t order, uintptr_t bias,
-                                                 float cut, int balance, int64_t hadamard, int64_t normal) {
+                                                 float cut, float share, int balance, int64_t hadamard,
+                                                 int64_t normal) {
     new (self) Site{at<const uint8_t>(packed), Geometry{rows, columns, outliers, group}, at<const int32_t>(order),
-                    at<const float>(bias),     cut,                                      balance,
-                    hadamard,                  normal};
+                    at<const float>(bias),     cut,                                      share,
+                    balance,                   hadamard,                                 normal};
   });
   nb::class_<Blocks>(m, "Blocks")
       .def("__init__", [](Blocks* self, const Norm& final) { new (self) Blocks{{}, final}; })
@@ -54,12 +55,12 @@ void bind_blocks(nb::module_& m, AllKernels (*kernels)()) {
            })
       .def("run", [kernels](const Blocks& self, int64_t first, int64_t last, uintptr_t x, uintptr_t normed,
                             int64_t tokens, uintptr_t cos, uintptr_t sin,
-                            const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& caches, int bits,
+                            const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, float>>& caches, int bits,
                             int64_t position, uintptr_t scratch, int threads) {
         nb::gil_scoped_release free;
         std::vector<BlockCache> records;
-        for (const auto& [keys, values, capacity] : caches) {
-          records.push_back({at<uint8_t>(keys), at<uint8_t>(values), capacity});
+        for (const auto& [keys, values, capacity, cut] : caches) {
+          records.push_back({at<uint8_t>(keys), at<uint8_t>(values), capacity, cut});
         }
         run_blocks(kernels(), self.blocks.data(), first, last, static_cast<int64_t>(self.blocks.size()), self.final,
                    at<float>(x), at<float>(normed), tokens, at<const float>(cos), at<const float>(sin), records.data(),

@@ -9,10 +9,10 @@ namespace bitwright {
 void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
   m.def("kv_append", [kernels](uintptr_t states, int64_t head_stride, int64_t token_stride, int64_t tokens,
                                int64_t position, uintptr_t records, int64_t heads, int64_t capacity, int64_t head_dim,
-                               int bits, int threads) {
+                               int bits, float cut, int threads) {
     nb::gil_scoped_release free;
     kv_append(kernels(), at<const float>(states), head_stride, token_stride, tokens, position,
-              Records{heads, capacity, head_dim, bits}, at<uint8_t>(records), threads);
+              Records{heads, capacity, head_dim, bits}, cut, at<uint8_t>(records), threads);
   });
   m.def("kv_attention", [kernels](uintptr_t queries, int64_t head_stride, int64_t token_stride, uintptr_t keys,
                                   uintptr_t values, int64_t heads, int64_t capacity, int64_t head_dim, int bits,
@@ -46,12 +46,12 @@ void bind_decoder(nb::module_& m, DecoderKernels (*kernels)()) {
   m.def("attention_step", [kernels](uintptr_t x, int64_t tokens, int64_t columns, int64_t query_heads, int64_t key,
                                     int64_t value, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values,
                                     int64_t heads, int64_t capacity, int64_t head_dim, int bits, int64_t position,
-                                    int64_t window, float scale, uintptr_t y, int threads) {
+                                    float cut, int64_t window, float scale, uintptr_t y, int threads) {
     nb::gil_scoped_release free;
     const Projections p{at<const float>(x), tokens, columns, query_heads, key, value, at<const float>(cos),
                         at<const float>(sin)};
     attention_step(kernels(), p, Records{heads, capacity, head_dim, bits}, at<uint8_t>(keys), at<uint8_t>(values),
-                   position, window, scale, at<float>(y), threads);
+                   position, cut, window, scale, at<float>(y), threads);
   });
   m.def("rms_norm", [](uintptr_t x, uintptr_t add, uintptr_t weight, float eps, uintptr_t sum, uintptr_t y,
                        int64_t rows, int64_t width, int threads) {

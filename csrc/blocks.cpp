@@ -18,7 +18,7 @@ void multiply(const AllKernels& kernels, const Site& s, const float* x, int64_t 
     order = nullptr;
   }
   if (s.balance < 0) {
-    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, Quantizer{order, s.cut, 4}, s.bias, y, threads);
+    site_linear(kernels.linear, x, tokens, s.packed, s.geometry, Quantizer{order, s.cut, 4, s.share}, s.bias, y, threads);
   } else {
     site_planes(kernels.planes, x, tokens, s.packed, s.geometry,
                 PlaneQuantizer{order, s.cut, static_cast<Balance>(s.balance)}, s.bias, y, threads);
@@ -60,7 +60,7 @@ void run_blocks(const AllKernels& kernels, const DecoderBlock* blocks, int64_t f
     norm_heads(b.key, made + b.key_at, tokens, columns, b.key_heads, dim, threads);
     const Projections projections{made, tokens, columns, b.query_heads, b.key_at, b.value_at, cos, sin};
     attention_step(kernels.decoder, projections, Records{b.key_heads, cache.capacity, dim, bits}, cache.keys,
-                   cache.values, position, b.window, b.scale, inner, threads);
+                   cache.values, position, cache.cut, b.window, b.scale, inner, threads);
     multiply(kernels, b.attn_out, inner, tokens, turned, out, threads);
     rms_norm(x, out, b.mlp.weight, b.mlp.eps, x, normed, tokens, hidden, threads);
 

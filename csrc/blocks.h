@@ -14,7 +14,7 @@ struct Site {
   Geometry geometry;
   const int32_t* order;  // [columns] or null
   const float* bias;     // [rows] or null
-  float cut;
+  float cut, share;          // of the quantizer: share for byte tiles alone
   int balance;               // of planes; -1: byte tiles
   int64_t hadamard, normal;  // size of the blocks, a power of two (0: none), and the channels that they fill
 };
@@ -35,6 +35,7 @@ struct DecoderBlock {
 struct BlockCache {
   uint8_t *keys, *values;
   int64_t capacity;
+  float cut;
 };
 
 // All kernels of a variant.

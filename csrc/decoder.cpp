@@ -39,14 +39,14 @@ void combine(const float* sums, const float* top, const float* total, int64_t pa
 }  // namespace
 
 void kv_append(const DecoderKernels& kernels, const float* states, int64_t head_stride, int64_t token_stride,
-               int64_t tokens, int64_t position, const Records& r, uint8_t* records, int threads) {
+               int64_t tokens, int64_t position, const Records& r, float cut, uint8_t* records, int threads) {
   const int64_t items = r.heads * tokens;
   const int count = threads_for(threads, items, items * r.head_dim);
 #pragma omp parallel for num_threads(count) schedule(static) if (count > 1)
   for (int64_t part = 0; part < count; ++part) {
     for (int64_t i = items * part / count, end = items * (part + 1) / count; i < end;) {
       const int64_t head = i / tokens, token = i % tokens, size = smaller(tokens - token, end - i);
-      kernels.append(states + head * head_stride + token * token_stride, token_stride, size, r,
+      kernels.append(states + head * head_stride + token * token_stride, token_stride, size, r, cut,
                      records + (head * r.capacity + position + token) * r.bytes());
       i += size;
     }
@@ -161,14 +161,14 @@ void gated(const DecoderKernels& kernels, const float* x, int64_t tokens, int64_
 }
 
 void attention_step(const DecoderKernels& kernels, const Projections& p, const Records& r, uint8_t* keys,
-                    uint8_t* values, int64_t position, int64_t window, float scale, float* y, int threads) {
+                    uint8_t* values, int64_t position, float cut, int64_t window, float scale, float* y, int threads) {
   const int64_t dim = r.head_dim, query_width = p.query_heads * dim, key_width = r.heads * dim;
   const std::unique_ptr<float[]> rotated(new float[static_cast<size_t>(p.tokens * (query_width + key_width))]);
   float *queries = rotated.get(), *fresh = queries + p.tokens * query_width;
   rope(p.x, p.columns, dim, p.cos, p.sin, queries, p.tokens, p.query_heads, dim, threads);
   rope(p.x + p.key, p.columns, dim, p.cos, p.sin, fresh, p.tokens, r.heads, dim, threads);
-  kv_append(kernels, fresh, dim, key_width, p.tokens, position, r, keys, threads);
-  kv_append(kernels, p.x + p.value, dim, p.columns, p.tokens, position, r, values, threads);
+  kv_append(kernels, fresh, dim, key_width, p.tokens, position, r, cut, keys, threads);
+  kv_append(kernels, p.x + p.value, dim, p.columns, p.tokens, position, r, cut, values, threads);
   const Attention a{r,   keys,        values, queries, dim, query_width, p.query_heads / r.heads, p.tokens,
                     position + p.tokens, window, scale};
   kv_attention(kernels, a, y, threads);

@@ -9,7 +9,7 @@ namespace bitwright {
 // minimum as fp16. Because four bytes follow the codes, they may be read in whole words of four.
 struct Records {
   int64_t heads, capacity, head_dim;
-  int bits;  // 4 or 8
+  int bits;  // 2..8; code i stands from bit i * bits on, the lowest first
 
   BITWRIGHT_INLINE int64_t code_bytes() const { return (head_dim * bits + 7) / 8; }
   BITWRIGHT_INLINE int64_t bytes() const { return code_bytes() + 4; }
@@ -58,12 +58,16 @@ struct Partial {
 // Floats of scratch that a thread of `attend` needs.
 BITWRIGHT_INLINE int64_t attention_scratch(const Attention& a) {
   const int64_t width = round_up(a.cache.head_dim, 64);
-  const int64_t blocked = 2 * kRowBlock * width + kRowBlock * kKeyChunk + 2 * kKeyChunk * width + 8 * kKeyChunk;
+  const int64_t spread = 2 * (kKeyChunk * (a.cache.head_dim + 4) / 4 + 8);  // of widths that are spread to bytes
+  const int64_t blocked =
+      2 * kRowBlock * width + kRowBlock * kKeyChunk + 2 * kKeyChunk * width + 8 * kKeyChunk + spread;
   return blocked > a.length ? blocked : a.length;
 }
 
-// Encodes states [tokens][head_dim] of one head, `stride` floats apart, into consecutive records.
-using AppendFunction = void(const float* states, int64_t stride, int64_t tokens, const Records&, uint8_t* records);
+// Encodes states [tokens][head_dim] of one head, `stride` floats apart, into consecutive records. The codes span the
+// range without the share `cut` at either end.
+using AppendFunction = void(const float* states, int64_t stride, int64_t tokens, const Records&, float cut,
+                            uint8_t* records);
 AppendFunction append_scalar, append_avx2;
 
 using AttendFunction = void(const Attention&, const Span&, float* scratch, const Partial&);
@@ -102,7 +106,7 @@ struct DecoderKernels {
 
 // states [heads][tokens][head_dim] with strides in floats, encoded from token `position` of the records on.
 void kv_append(const DecoderKernels&, const float* states, int64_t head_stride, int64_t token_stride, int64_t tokens,
-               int64_t position, const Records&, uint8_t* records, int threads);
+               int64_t position, const Records&, float cut, uint8_t* records, int threads);
 
 // y [tokens][heads * group][head_dim]
 void kv_attention(const DecoderKernels&, const Attention&, float* y, int threads);
@@ -132,7 +136,7 @@ struct Projections {
 
 // Rotates queries and keys, appends keys and values from token `position` on, and attends: y [tokens][query_heads][head_dim]
 void attention_step(const DecoderKernels&, const Projections&, const Records&, uint8_t* keys, uint8_t* values,
-                    int64_t position, int64_t window, float scale, float* y, int threads);
+                    int64_t position, float cut, int64_t window, float scale, float* y, int threads);
 
 // For these the compiler's own vectors are as fast as memory and call allow; there is one version.
 

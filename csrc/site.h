@@ -71,6 +71,7 @@ struct Quantizer {
   const int32_t* order;  // [columns], or null: channels are in site order already
   float cut;             // share of the range taken off at each end
   int bits;
+  float share;  // not 0: no zero point, the codes span this share of -max..max of the magnitudes (Atom)
 };
 
 struct HeadRows;  // head/kernels.h

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitwright.activations import quantize_site
 from bitwright.codebook import CodebookMatrix
-from bitwright.recipe import Recipe
+from bitwright.recipe import ActivationRecipe, Recipe
 from bitwright.runtime import QuantizedKVCache
 from bitwright.runtime.hadamard_ops import _hadamard_reference as hadamard_reference
 from kernel_twin import kernel_linear
@@ -292,6 +292,9 @@ def stored_matrices(artifact: Path) -> dict[str, CodebookMatrix]:
             levels=part("levels"),
             zeros=part("zeros"),
             table=part("table"),
+            salient=part("salient"),
+            salient_levels=part("salient_levels"),
+            salient_scales=part("salient_scales"),
             outliers=part("outliers"),
             outlier_scales=part("outlier_scales"),
             permutation=order,
@@ -376,7 +379,12 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
     native kernels sum (kernel_twin.py).
     """
     recipe = Recipe.from_dict(json.loads((artifact / "config.json").read_text())["quantization_config"]["recipe"])
-    simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if recipe.transform.expansion == "none":
+        simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    else:  # an ordinary model of another size, of which everything is in the artifact
+        config = AutoConfig.from_pretrained(artifact)
+        del config.quantization_config
+        simulated = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, weights in stored_outer(artifact).items():
         simulated.get_submodule(name).weight = nn.Parameter(weights, requires_grad=False)
         if simulated.config.tie_word_embeddings:
@@ -388,8 +396,11 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
         linear = simulated.get_submodule(name)
         assert type(linear) is nn.Linear
         spec = layers[name]
+        inputs = recipe.activations
+        if inputs is not None and "clip" in spec:
+            inputs = inputs.model_copy(update={"clip": spec["clip"]})
         if order == "kernels":
-            linear.forward = partial(_as_kernels, matrix, spec, recipe.activations, linear.bias)
+            linear.forward = partial(_as_kernels, matrix, spec, inputs, linear.bias)
             continue
         weights = matrix.dequantize_site_order()
         # The whole transform as one matrix: site inputs are x @ turn, and it is orthogonal.
@@ -404,10 +415,11 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
             matrix: CodebookMatrix = matrix,
             spec: dict[str, Any] = spec,
             turn: Tensor = turn,
+            inputs: ActivationRecipe | None = inputs,
         ) -> tuple[Tensor, ...]:
             (x,) = args
             flat = site_inputs(x.reshape(-1, matrix.columns), spec, matrix.permutation)
-            quantized = quantize_site(flat, matrix.outlier_columns, matrix.group, recipe.activations)
+            quantized = quantize_site(flat, matrix.outlier_columns, matrix.group, inputs)
             if order != "site":
                 restored = quantized @ turn.T
                 quantized = restored.flip(1).contiguous() if order == "reversed" else restored
@@ -418,13 +430,14 @@ def simulate(model: Path, artifact: Path, order: str = "site") -> tuple[nn.Modul
 
 
 @torch.inference_mode()
-def logits_of(model: Any, ids: Tensor, recipe: Recipe) -> Tensor:
-    """Logits [windows, length, vocabulary] of token windows, each through a fresh cache of the recipe."""
+def logits_of(model: Any, ids: Tensor, recipe: Recipe, clips: list[float] | None = None) -> Tensor:
+    """Logits [windows, length, vocabulary] of token windows, each through a fresh cache of the recipe; `clips` are the
+    clip ratios of its layers, where they differ from the recipe's."""
     rows = []
     for window in ids:
         cache = None
         if recipe.kv is not None:
-            cache = QuantizedKVCache(model.config.num_hidden_layers, recipe.kv)
+            cache = QuantizedKVCache(model.config.num_hidden_layers, recipe.kv, clips)
         rows.append(model(window.unsqueeze(0), past_key_values=cache, use_cache=cache is not None).logits[0].float())
     return torch.stack(rows)
 

@@ -454,7 +454,21 @@ def recipe_case(name: str, content: str | None, *words: str) -> None:
     case(name, *words)(prepare)
 
 
-option_case("preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "rtn, wgm")
+option_case(
+    "preset_unknown", ["--preset", "bwaa"], "no preset 'bwaa'", "atom, billm, bitwright, bwa, gptq, quarot, rtn, wgm"
+)
+option_case(
+    "billm_by_column", ["--preset", "billm", "--set", "weights.feedback=column"], "method 'billm'", "'block-tri'"
+)
+option_case("billm_of_other_widths", ["--preset", "billm", "--set", "weights.bits=3"], "bits = 3", "bits = 2")
+option_case("billm_refined", ["--preset", "billm", "--set", "weights.refine=1"], "refine needs free levels")
+option_case(
+    "symmetric_and_balanced",
+    ["--preset", "bwa", "--set", "activations.symmetric=true"],
+    "balance = 'none' with symmetric = true",
+)
+option_case("clip_of_free_levels", ["--set", "weights.clip=0.85"], "clip is for levels = 'uniform' alone")
+option_case("clip_and_search", ["--preset", "atom", "--set", "weights.range=mse"], "clip = 0.85", "write clip = 1")
 option_case("key_unknown", ["--set", "weights.outlier=0"], "no key 'weights.outlier'", "did you mean 'outliers'?")
 option_case("part_unknown", ["--set", "weigths.outliers=0"], "no key 'weigths.outliers'", "did you mean 'weights'?")
 option_case("key_of_a_part_that_is_off", ["--set", "kv=none", "--set", "kv.bits=8"], "kv.bits", "kv is off")
@@ -469,7 +483,9 @@ option_case("outliers_in_words", ["--outliers", "many"], "weights.outliers", "'m
 option_case("outliers_too_many", ["--outliers", "72"], "weights.outliers = 72", "model.layers.0.self_attn.q_proj")
 option_case("length_over_the_context", ["--length", "129"], "calibration.length = 129", "context of 128")
 option_case("method_and_levels_do_not_match", ["--set", "weights.method=rtn"], "method 'rtn'", "levels = 'uniform'")
-option_case("balance_without_planes", ["--set", "activations.bits=8"], "balance is defined for 4 planes only")
+option_case(
+    "balance_without_planes", ["--preset", "bwa", "--set", "activations.bits=8"], "balance is defined for 4 planes only"
+)
 recipe_case("recipe_missing", None, "cannot read recipe", "r.json")
 recipe_case("recipe_not_json", "weights: 2", "r.json is not valid JSON")
 recipe_case("recipe_is_a_list", "[1]", "r.json holds a list")
@@ -537,6 +553,9 @@ artifact_case("layer_with_words_for_numbers", layer(rows="72"), LAYER, "rows = '
 artifact_case("layer_with_group_0", layer(group=0), LAYER, "group = 0")
 artifact_case("layer_of_other_shape", layer(rows=80), f"{LAYER}.codes", "[2, 72, 7]", "[2, 80, 7]")
 artifact_case("layer_of_all_outliers", layer(outliers=72), LAYER, "outliers = 72 of 72")
+artifact_case(
+    "feature_of_another_kind", lambda c: c.update(requires=["salient", "trellis"]), "format feature 'trellis'"
+)
 artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
 artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
 artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
@@ -762,7 +781,7 @@ def files_up_to(size: int) -> Iterator[None]:
 )
 def test_disk_full(size: int, file: str | None, ground: Ground) -> None:
     """The file that could not be written is named, no output appears, and with more room the run goes on."""
-    command = ground.quantize(None, "--sequences", "6", "--length", "64")
+    command = ground.quantize(None, "--preset", "bwa", "--sequences", "6", "--length", "64")
     with files_up_to(size):
         outcome = support.run_cli(*command)
     if file:

@@ -63,7 +63,7 @@ def test_figures_are_those_of_plan_quantize_and_eval(
 ) -> None:
     rows = {row["label"]: row for row in results_of(comparison)["methods"]}
     assert list(rows) == ["original", "rtn", "bwa weights.feedback=column weights.levels=dp", "wgm"]
-    options = ["--set", "weights.feedback=column", "--set", "weights.levels=dp"]
+    options = ["--preset", "bwa", "--set", "weights.feedback=column", "--set", "weights.levels=dp"]
     small = ["--set", "calibration.sequences=3", "--set", "calibration.length=48"]
     quantized = tmp_path / "by-hand"
     support.run_cli("quantize", models["llama"], quantized, "--calib", calibration_file, *options, *small)
@@ -152,26 +152,33 @@ def test_killed_at_random_moments_it_goes_on(
 def test_grids_of_the_paper(
     models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path
 ) -> None:
-    grids = "paper-table1,paper-table4,paper-table5,paper-table9"
+    grids = "paper-table1,paper-table4,paper-table5,paper-table9,awq"
     files = ["--calib", calibration_file, "--text", evaluation_file, "--out", tmp_path / "out"]
     tiny = ("--sequences", "1", "--length", "32", "--window", "48", "--windows", "1")
     argv = ["compare", models["llama"], "--methods", grids, *files, *tiny]
-    names = {"rtn", "gptq", "billm", "quarot", "atom", "bwa"}
-    missing = sorted(names - set(bitwright.presets))
-    if missing:
-        refused = support.run_cli(*argv)
-        assert refused.code == 1
-        assert all(repr(name) in refused.message for name in missing)
-        assert "--skip-unknown" in refused.message
-        assert not (tmp_path / "out").exists()
+    refused = support.run_cli(*argv)
+    assert refused.code == 1
+    assert "'awq'" in refused.message
+    assert "--skip-unknown" in refused.message
+    assert not (tmp_path / "out").exists()
     outcome = support.run_cli(*argv, "--skip-unknown")
     assert outcome.code == 0, outcome.err
     results = results_of(tmp_path / "out")
-    assert results["skipped"] == [name for name in ("gptq", "billm", "quarot", "atom") if name in missing]
+    assert results["skipped"] == ["awq"]
     assert len(results["titles"]) == 4
     labels = [row["label"] for row in results["methods"]]
     assert labels.count("original") == 1
-    assert names - set(missing) <= set(labels)
+    bits = {
+        row["label"]: (row["recipe"]["weights"]["bits"], row["recipe"]["activations"]) for row in results["methods"][1:]
+    }
+    for method in ("QuaRot", "Atom"):
+        assert [bits[f"{method} W{width}A4"][0] for width in (4, 2)] == [4, 2]
+    for label in ("RTN W2A4", "GPTQ W2A4", "BiLLM W(1+1)A4"):
+        assert (bits[label][0], bits[label][1]["bits"], bits[label][1]["balance"]) == (2, 4, "none")
+    assert bits["BiLLM W(1+1)A16"] == (2, None)
+    by_label = {row["label"]: row for row in results["methods"]}
+    assert 1 < by_label["BiLLM W(1+1)A16"]["claimed_bits"] < 2 < by_label["BiLLM W(1+1)A16"]["linear_bits"]
+    assert bits["BWA W(1+1)A(1x4)"][1]["balance"] == "support"
     rows = {row["label"]: row for row in results["methods"]}
     # The narrowest layer has 72 inputs.
     assert [label for label in labels if "int8 channels" in label] == [f"{n} int8 channels" for n in (0, 16, 32)]

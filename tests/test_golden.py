@@ -19,7 +19,7 @@ import support
 from bitwright.runtime import QuantizedKVCache, quantized_linears
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS = ("free", "uniform", "shared")
+KINDS = ("free", "uniform", "shared", "salient")
 
 Rows = list[list[float]]
 
@@ -72,7 +72,13 @@ class Decoder:
             table = self.stored(layer, "table", "f", "F32", (count,))
             return [[table[code] for code in codes] for codes in self.codes(layer)]
         scales = self.stored(layer, "scales", "e", "F16", (rows, groups))
-        if spec["kind"] == "free":
+        salient = [False] * normal
+        if spec["kind"] == "salient":
+            bitmap = self.stored(layer, "salient", "B", "U8", (-(-normal // 8),))
+            salient = [bool(bitmap[i // 8] >> (i % 8) & 1) for i in range(normal)]
+            salient_levels = self.stored(layer, "salient_levels", "b", "I8", (rows, groups, count))
+            salient_scales = self.stored(layer, "salient_scales", "e", "F16", (rows, groups))
+        if spec["kind"] in ("free", "salient"):
             levels = self.stored(layer, "levels", "b", "I8", (rows, groups, count))
         else:
             zeros = self.stored(layer, "zeros", "B", "U8", (rows, groups))
@@ -82,7 +88,10 @@ class Decoder:
             values = []
             for i, code in enumerate(codes):
                 cell = row * groups + i // group
-                values.append(levels[cell * count + code] * scales[cell])
+                if salient[i]:
+                    values.append(salient_levels[cell * count + code] * salient_scales[cell])
+                else:
+                    values.append(levels[cell * count + code] * scales[cell])
             weights.append(values)
         if outliers:
             integers = self.stored(layer, "outliers", "b", "I8", (rows, outliers))
@@ -153,6 +162,7 @@ BOOKS = {
     "free": {"scales", "levels", "outliers", "outlier_scales"},
     "uniform": {"scales", "zeros", "outliers", "outlier_scales"},
     "shared": {"table"},
+    "salient": {"scales", "levels", "salient", "salient_levels", "salient_scales"},
 }
 
 
@@ -174,7 +184,7 @@ def test_tensors_are_those_of_the_format(golden: Golden) -> None:
         sentinel = decoder.tensors[f"{name}.weight"]
         assert (sentinel.dtype, sentinel.shape, sentinel.raw) == ("BF16", (0,), b"")
     moved = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-    assert leaders == ({None} if kind == "shared" else {f"model.layers.0.{leader}" for leader in moved})
+    assert leaders == ({None} if kind in ("shared", "salient") else {f"model.layers.0.{leader}" for leader in moved})
     kept = {key for key in decoder.tensors if key.rpartition(".")[0] not in decoder.layers}
     assert kept == {
         "model.embed_tokens.weight",
@@ -182,6 +192,20 @@ def test_tensors_are_those_of_the_format(golden: Golden) -> None:
         "model.layers.0.input_layernorm.weight",
         "model.layers.0.post_attention_layernorm.weight",
     }
+
+
+def test_features_are_named(golden: Golden) -> None:
+    config = json.loads((golden[0] / "config.json").read_text())["quantization_config"]
+    assert config.get("requires", []) == (["salient", "symmetric_inputs"] if golden[0].name == "salient" else [])
+
+
+def test_salient_columns_are_some_of_every_group() -> None:
+    decoder = Decoder(GOLDEN / "salient")
+    for name, spec in decoder.layers.items():
+        bits = "".join(f"{byte:08b}"[::-1] for byte in decoder.tensors[f"{name}.salient"].raw)
+        assert set(bits[spec["columns"] :]) <= {"0"}, "padding bits are 0"
+        for start in range(0, spec["columns"], spec["group"]):
+            assert "".join(sorted(set(bits[start : start + spec["group"]]))) == "01"
 
 
 def test_levels_of_free_codebooks() -> None:
@@ -228,4 +252,4 @@ def test_safetensors_files_are_written_in_one_way(golden: Golden) -> None:
 
 def test_the_golden_files_are_small() -> None:
     files = [path for path in GOLDEN.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 200_000
+    assert sum(path.stat().st_size for path in files) < 260_000

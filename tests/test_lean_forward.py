@@ -24,9 +24,13 @@ pytestmark = pytest.mark.skipif(native.find() is None, reason="built without nat
 BALANCES = ("none", "support")  # the byte kernel and the boolean product
 
 
-@pytest.fixture(params=[*((name, "none") for name in (*MODELS, "qwen3")), ("llama", "support")])
+@pytest.fixture(
+    params=[*((name, "none") for name in (*MODELS, "qwen3")), ("llama", "support"), ("mistral", "symmetric")]
+)
 def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
     name, balance = request.param
+    if balance == "symmetric":
+        return bitwright.load(artifact(name, "atom", {"weights.bits": 2}))
     return bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
 
 

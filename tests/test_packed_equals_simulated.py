@@ -95,7 +95,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
     *[(model, "quarot", {"weights.group": 32}) for model in (*MODELS, "qwen3")],
     # Two bits: on the kernels.
-    ("llama", "quarot", {"weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
+    ("llama", "quarot", {"weights.method": "bwa", "weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
     ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
     ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
     ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),
@@ -111,6 +111,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     # Two bits and quantized inputs: the kernels' tiles hold the shared table.
     ("llama_biases", "wgm", {"weights.bits": 2, "activations": {"bits": 4, "balance": "none"}, "kv": {"bits": 4}}),
     ("qwen2", "wgm", {"weights.bits": 2, "weights.outliers": "auto", "activations": {"bits": 4}}),
+    *[(model, "billm", {}) for model in MODELS],
+    ("llama", "billm", {"activations": {"bits": 4, "balance": "none"}, "kv": {"bits": 4}, "weights.group": 32}),
+    ("mistral", "billm", {"weights.outliers": "auto", "weights.order": "ascending", "activations": {}, "kv": {}}),
+    ("qwen2", "billm", {"transform.hadamard": "group", "weights.group": 16, "weights.feedback": "block-tri"}),
+    *[(model, "atom", {}) for model in MODELS],
+    # Two bits: symmetric inputs on the kernels.
+    *[(model, "atom", {"weights.bits": 2}) for model in MODELS],
+    ("mistral", "atom", {"weights.bits": 2, "weights.symmetric": False, "activations.clip": 1.0}),
+    ("llama", "bwa", {"activations": {"bits": 8, "balance": "none", "symmetric": True}}),
 ]
 
 

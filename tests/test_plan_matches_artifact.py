@@ -33,6 +33,10 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "gptq", {"weights.bits": 8, "weights.order": "descending"}),
     ("llama_biases", "rtn", {"weights.bits": 4, "weights.outliers": 0, "weights.order": "descending"}),
     ("mistral", "rtn", {"transform.hadamard": "group", "weights.group": 24, "weights.outliers": 0}),
+    ("llama", "billm", {}),
+    ("qwen2", "billm", {"weights.group": 24, "weights.outliers": "auto", "activations": {}, "kv": {}}),
+    ("mistral", "atom", {}),
+    ("llama_biases", "atom", {"weights.bits": 2, "weights.group": 32}),
 ]
 
 
@@ -159,6 +163,26 @@ def test_wgm_says_what_its_authors_count(models: dict[str, Path]) -> None:
     assert bitwright.plan(models["llama"], bitwright.preset("bwa")).claimed_bits is None
     outcome = support.run_cli("plan", models["llama"], "--preset", "wgm")
     assert f"{plan.claimed_bits:.4f} by the method's own formula" in outcome.out
+
+
+def test_billm_says_what_its_authors_count(models: dict[str, Path], artifact: Callable[..., Path]) -> None:
+    """One sign a weight and two in salient columns, known once they are found: on the card, beside the bytes."""
+    made = artifact("llama", "billm")
+    plan = bitwright.plan(models["llama"], bitwright.preset("billm"))
+    layers = json.loads((made / "bitwright_manifest.json").read_text())["layers"]
+    entries = support.read_tensors(made)
+    for layer in layers:
+        bitmap = entries[f"{layer['linear']}.salient"].raw
+        assert layer["salient"] == sum(byte.bit_count() for byte in bitmap) > 0
+    salient = sum(layer["shape"][0] * layer["salient"] for layer in layers)
+    claimed = plan.claimed_after(layers)
+    assert claimed == pytest.approx(1 + salient / plan.linear_weights)
+    assert plan.claimed_bits is None
+    card = (made / "README.md").read_text()
+    assert f"| {claimed:.4f} a weight" in card
+    assert f"| {plan.linear_bits:.4f} a weight | {plan.linear_bytes:,} |" in card
+    assert plan.linear_bits == pytest.approx(bits_by_hand(made)[0], rel=1e-12)
+    assert plan.linear_bits > 2.7
 
 
 def test_table_names_every_linear(models: dict[str, Path]) -> None:

@@ -14,16 +14,25 @@ from bitwright.calibration import Text, read_text
 TARGETS = {"weights.refine": 2, "calibration.reforward": True, "calibration.asymmetry": 1.0, "weights.levels": "dp"}
 
 
-@pytest.mark.parametrize(("model", "options"), [("llama_biases", {}), ("mistral", {}), ("mistral", TARGETS)])
+@pytest.mark.parametrize(
+    ("model", "preset", "options"),
+    [
+        ("llama_biases", "bwa", {}),
+        ("mistral", "bwa", {}),
+        ("mistral", "bwa", TARGETS),
+        ("mistral", "billm", {"kv": {}}),
+    ],
+)
 def test_threads_and_repetition(
     model: str,
+    preset: str,
     options: dict[str, object],
     models: dict[str, Path],
     calibration: Text,
     evaluation_file: Path,
     tmp_path: Path,
 ) -> None:
-    recipe = bitwright.preset("bwa").with_options({**support.SMALL, **options})
+    recipe = bitwright.preset(preset).with_options({**support.SMALL, **options})
     made = {}
     for name, threads in (("one", 1), ("two", 2), ("three", 3), ("again", 2)):
         (tmp_path / name).mkdir()

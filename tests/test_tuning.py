@@ -215,6 +215,8 @@ def test_the_command(models: dict[str, Path], calibration_file: Path, tmp_path: 
     ("preset", "options", "words"),
     [
         ("wgm", {"tune": {}}, "one table for a matrix; write tune = none"),
+        ("billm", {"tune": {}}, "'billm' has two codebooks a group; write tune = none"),
+        ("bwa", {"tune": {}, "search.method": "golden"}, "write tune = none or search.method = 'none'"),
         ("rtn", {"tune": {"codes": 1e-3}}, "write tune.codes = 0 with levels = 'uniform'"),
         ("bwa", {"tune": {}, "calibration.sequences": 1}, "calibration.sequences of 2 or more"),
         ("bwa", {"tune": {"held_back": 0.9}}, "tune.held_back = 0.9"),

@@ -29,7 +29,7 @@ void quantize_avx2(const float* x, const Geometry& g, const Quantizer& q, const 
       const int64_t channels = g.channels(index), place = index * out.tokens + token;
       int8_t* codes = out.codes + place * width;
       const Range range = range256(values, channels);
-      const Grid grid = grid_of(range, q.cut, top);
+      const Grid grid = grid_of(range, q, top);
       const float inside = clamped(grid.zero, top);
       const __m256 steps = _mm256_set1_ps(grid.step), zeros = _mm256_set1_ps(grid.zero);
       const __m256 insides = _mm256_set1_ps(inside);

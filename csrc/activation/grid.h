@@ -44,6 +44,14 @@ BITWRIGHT_INLINE Grid grid_of(Range range, float cut, float top) {
   return {step, -std::nearbyintf(range.low / step)};
 }
 
+// As the quantizer asks. A grid without a zero point has it in the middle of its codes: 8 of 0..15, for -8..7.
+BITWRIGHT_INLINE Grid grid_of(Range range, const Quantizer& q, float top) {
+  if (q.share == 0.0f) return grid_of(range, q.cut, top);
+  const float magnitude = -range.low > range.high ? -range.low : range.high;
+  const float step = magnitude * q.share / ((top - 1.0f) / 2.0f);
+  return {step < kMinimumStep ? kMinimumStep : step, (top + 1.0f) / 2.0f};
+}
+
 // round(value / step) + zero, cut to 0..top. What is not a number (of a zero point beyond fp32) is 0, as
 // _mm256_max_ps has it.
 BITWRIGHT_INLINE float code_of(float value, Grid grid, float top) {

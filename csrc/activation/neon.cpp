@@ -29,7 +29,7 @@ void quantize_neon(const float* x, const Geometry& g, const Quantizer& q, const 
       }
       Range range{vminvq_f32(lows), vmaxvq_f32(highs), vmaxvq_u32(odd) == 0};
       widen(range, values, whole, channels);
-      const Grid grid = grid_of(range, q.cut, top);
+      const Grid grid = grid_of(range, q, top);
       const float inside = clamped(grid.zero, top);
       const float32x4_t steps = vdupq_n_f32(grid.step), zs = vdupq_n_f32(grid.zero), insides = vdupq_n_f32(inside);
       int32_t sum = 0;

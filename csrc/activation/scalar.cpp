@@ -17,7 +17,7 @@ void quantize_scalar(const float* x, const Geometry& g, const Quantizer& q, cons
       int8_t* codes = out.codes + place * width;
       Range range{values[0], values[0], true};
       widen(range, values, 0, channels);
-      const Grid grid = grid_of(range, q.cut, top);
+      const Grid grid = grid_of(range, q, top);
       const float inside = clamped(grid.zero, top);
       int32_t sum = 0;
       for (int64_t i = 0; i < channels; ++i) {

@@ -6,6 +6,13 @@ namespace bitwright {
 
 namespace {
 
+// Eight codes, a byte each, without the gaps between them: the lowest `bits` bytes count.
+inline uint64_t close_ranks(const uint8_t* codes, int bits) {
+  uint64_t packed = 0;
+  for (int k = 0; k < 8; ++k) packed |= static_cast<uint64_t>(codes[k]) << (k * bits);
+  return packed;
+}
+
 // Eight values, clamped to fp16; 0 in lanes beyond the last.
 inline __m256 load(const float* states, int64_t i, int64_t count) {
   const __m256 v = i + 8 <= count ? _mm256_loadu_ps(states + i) : _mm256_maskload_ps(states + i, lanes(count - i));
@@ -14,7 +21,8 @@ inline __m256 load(const float* states, int64_t i, int64_t count) {
 
 }  // namespace
 
-void append_avx2(const float* states, int64_t stride, int64_t tokens, const Records& r, uint8_t* records) {
+void append_avx2(const float* states, int64_t stride, int64_t tokens, const Records& r, float cut,
+                 uint8_t* records) {
   const int64_t count = r.head_dim, code_bytes = r.code_bytes();
   const float top = static_cast<float>((1 << r.bits) - 1);
   const __m256 tops = _mm256_set1_ps(top), zeros = _mm256_setzero_ps();
@@ -38,7 +46,7 @@ void append_avx2(const float* states, int64_t stride, int64_t tokens, const Reco
       negated = _mm256_min_ps(negated, minus);
     }
     const bool number = _mm256_testz_ps(odd, odd);
-    const Parameters p = parameters(reduce_min(lows), -reduce_min(negated), top, number);
+    const Parameters p = parameters(reduce_min(lows), -reduce_min(negated), top, cut, number);
     const __m256 low = _mm256_set1_ps(p.low), scale = _mm256_set1_ps(p.scale);
     const __m128i keep = _mm_set1_epi32(number ? -1 : 0);
     for (int64_t i = 0; i < count; i += 16) {
@@ -64,6 +72,15 @@ void append_avx2(const float* states, int64_t stride, int64_t tokens, const Reco
       }
       alignas(16) uint8_t memory[16];
       _mm_store_si128(reinterpret_cast<__m128i*>(memory), bytes);
+      if (r.bits != 8 && r.bits != 4) {
+        for (int64_t half = 0; half < 2; ++half) {
+          const uint64_t packed = close_ranks(memory + half * 8, r.bits);
+          const int64_t at = (i / 8 + half) * r.bits;
+          const int64_t size = smaller<int64_t>(r.bits, code_bytes - at);
+          if (size > 0) std::memcpy(records + at, &packed, static_cast<size_t>(size));
+        }
+        continue;
+      }
       const int64_t left = code_bytes - place;
       if (left >= 16 && size == 16) {
         std::memcpy(records + place, memory, 16);

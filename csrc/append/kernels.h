@@ -39,9 +39,15 @@ struct Parameters {
   float scale, low;
 };
 
-// Of values low..high, which are finite; a NaN among the states makes the record NaN.
-BITWRIGHT_INLINE Parameters parameters(float low, float high, float top, bool number) {
+// Of values low..high, which are finite, without the share `cut` at either end; a NaN among the states makes the record
+// NaN.
+BITWRIGHT_INLINE Parameters parameters(float low, float high, float top, float cut, bool number) {
   Parameters p;
+  if (cut != 0.0f) {
+    const float off = (high - low) * cut;
+    low += off;
+    high -= off;
+  }
   p.halves[1] = number ? float_to_half(low) : 0x7e00u;
   if (p.halves[1] == 0x8000u) p.halves[1] = 0;  // one zero, whichever of the two the smallest value was
   p.low = half_to_float(p.halves[1]);

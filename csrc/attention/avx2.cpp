@@ -6,6 +6,8 @@
 // no shift. Scale and minimum are applied to whole dot products: dot(q, code) * scale + sum(q) * minimum.
 //
 // Many rows (prefill): a chunk is decoded once into panels of 16, keys transposed, and multiplied as matrices.
+//
+// Codes of 4 and 8 bits are read like this. Others do not fill words: a chunk of them is first spread to 8 bits.
 #include <immintrin.h>
 
 #include <cstring>
@@ -276,10 +278,46 @@ ALWAYS void multiply(const float* a, int64_t a_stride, const float* b, int64_t d
   }
 }
 
+// Records with codes of any width -> with a byte a code, [kKeyChunk][head_dim + 4].
+//
+// Eight codes fill r.bits bytes, and none is in more than two of them: the two go into 16 bits, a multiplication puts
+// the code's lowest bit at bit 8 (there is no shift of 16 bits by as many different counts), and a shift takes it down.
+void spread(const uint8_t* from, const Records& r, int64_t count, uint8_t* to) {
+  alignas(16) uint8_t places[16];
+  alignas(16) uint16_t factors[8];
+  for (int i = 0; i < 8; ++i) {
+    const int bit = i * r.bits;
+    places[2 * i] = static_cast<uint8_t>(bit / 8);
+    places[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);
+    factors[i] = static_cast<uint16_t>(1 << (8 - bit % 8));
+  }
+  const __m128i pairs = _mm_load_si128(reinterpret_cast<const __m128i*>(places));
+  const __m128i up = _mm_load_si128(reinterpret_cast<const __m128i*>(factors));
+  const __m128i mask = _mm_set1_epi16(static_cast<int16_t>((1 << r.bits) - 1));
+  const int64_t bytes = r.bytes();
+  for (int64_t t = 0; t < count; ++t, from += bytes, to += r.head_dim + 4) {
+    for (int64_t i = 0, at = 0; i < r.head_dim; i += 8, at += r.bits) {
+      uint64_t eight = 0;
+      if (bytes - at >= 8) {
+        std::memcpy(&eight, from + at, 8);
+      } else {
+        std::memcpy(&eight, from + at, static_cast<size_t>(bytes - at));
+      }
+      __m128i codes = _mm_shuffle_epi8(_mm_cvtsi64_si128(static_cast<long long>(eight)), pairs);
+      codes = _mm_and_si128(_mm_srli_epi16(_mm_mullo_epi16(codes, up), 8), mask);
+      const long long packed = _mm_cvtsi128_si64(_mm_packus_epi16(codes, codes));
+      // Of the last ones some lie beyond: the scale, and the next record, are written over them.
+      std::memcpy(to + i, &packed, static_cast<size_t>(smaller<int64_t>(8, r.head_dim + 4 - i)));
+    }
+    std::memcpy(to + r.head_dim, from + r.code_bytes(), 4);
+  }
+}
+
 template <int Bits>
 void attend(const Attention& a, const Span& s, float* scratch, const Partial& out) {
   using P = Planes<Bits>;
-  const Records& r = a.cache;
+  const bool spreads = a.cache.bits != Bits;
+  const Records r{a.cache.heads, a.cache.capacity, a.cache.head_dim, Bits};
   const int64_t dim = r.head_dim, words = (r.code_bytes() + 3) / 4, blocks = (words + 7) / 8;
   const bool few = s.rows <= kFewRows;
   const int64_t tiles = (s.rows + kTileQueries - 1) / kTileQueries;
@@ -297,6 +335,10 @@ void attend(const Attention& a, const Span& s, float* scratch, const Partial& ou
   Chunk c;
   c.key_scale = take(kKeyChunk), c.key_low = take(kKeyChunk);
   c.value_scale = take(kKeyChunk), c.value_low = take(kKeyChunk);
+  // The codes of both, and room for reading them in whole words.
+  const int64_t stored = a.cache.bytes(), chunk_floats = spreads ? kKeyChunk * r.bytes() / 4 + 8 : 0;
+  uint8_t* spread_keys = reinterpret_cast<uint8_t*>(take(chunk_floats));
+  uint8_t* spread_values = reinterpret_cast<uint8_t*>(take(chunk_floats));
   float all[kFewRows], base[kFewRows], factors[kRowBlock];
   std::memset(sums, 0, static_cast<size_t>(rows * sum_width) * 4);
   for (int64_t i = 0; i < rows; ++i) {
@@ -314,8 +356,14 @@ void attend(const Attention& a, const Span& s, float* scratch, const Partial& ou
   }
   for (c.first = s.first_key; c.first < s.last_key; c.first += kKeyChunk) {
     c.count = smaller(kKeyChunk, s.last_key - c.first);
-    c.keys = a.keys + (s.head * r.capacity + c.first) * r.bytes();
-    c.values = a.values + (s.head * r.capacity + c.first) * r.bytes();
+    c.keys = a.keys + (s.head * r.capacity + c.first) * stored;
+    c.values = a.values + (s.head * r.capacity + c.first) * stored;
+    if (spreads) {
+      spread(c.keys, a.cache, c.count, spread_keys);
+      spread(c.values, a.cache, c.count, spread_values);
+      c.keys = spread_keys;
+      c.values = spread_values;
+    }
     read_parameters(c.keys, r, c.count, c.key_scale, c.key_low);
     read_parameters(c.values, r, c.count, c.value_scale, c.value_low);
     if (!few) {

@@ -21,7 +21,9 @@ struct Record {
     low = half_to_float(halves[1]);
   }
   float code(int64_t i) const {
-    return static_cast<float>(bits == 8 ? codes[i] : codes[i / 2] >> (i % 2 * 4) & 15);
+    const int64_t bit = i * bits;
+    const int two = codes[bit / 8] | codes[bit / 8 + 1] << 8;  // behind the last code stands the scale
+    return static_cast<float>(two >> bit % 8 & ((1 << bits) - 1));
   }
 };
 

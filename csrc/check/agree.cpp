@@ -45,7 +45,7 @@ std::vector<float> run(const Kernels& kernels, const Case& c, unsigned seed, int
   for (auto& value : bias) value = normal(random);
   std::vector<int32_t> order(g.columns);
   for (int64_t i = 0; i < g.columns; ++i) order[i] = static_cast<int32_t>(g.columns - 1 - i);
-  site_linear(kernels, x.data(), c.tokens, aligned(memory), g, Quantizer{order.data(), 0.01f, 4}, bias.data(),
+  site_linear(kernels, x.data(), c.tokens, aligned(memory), g, Quantizer{order.data(), 0.01f, 4, 0.0f}, bias.data(),
               y.data(), threads);
   return y;
 }

@@ -23,7 +23,7 @@ class Chunk {
         in_(in),
         options_(options),
         out_(out),
-        finder_(options.levels, options.bits, options.iterations, options.symmetric),
+        finder_(options.levels, options.bits, options.iterations, options.symmetric, options.clip),
         count_(1 << options.bits),
         normal_(in.columns - in.outliers),
         groups_((normal_ + in.group - 1) / in.group),

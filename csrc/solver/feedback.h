@@ -20,7 +20,8 @@ struct SolveOptions {
   LevelSearch levels;
   Feedback feedback;
   int bits, iterations;
-  bool symmetric;  // of a uniform grid, as LevelFinder has it
+  bool symmetric;  // of a uniform grid, as LevelFinder has it, as `clip`
+  float clip;
   bool feedback_outliers;
 };
 

@@ -60,7 +60,7 @@ void sort_keys(std::vector<uint64_t>& keys, std::vector<uint64_t>& other, int64_
 float clamp(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
 
 // One symmetric bit has the levels -1 and 1, and no zero point.
-GridRow uniform_grid(const float* w, int64_t width, int count, bool symmetric) {
+GridRow uniform_grid(const float* w, int64_t width, int count, bool symmetric, float clip) {
   const float top = static_cast<float>(count - 1);
   float low = 0.0f, high = 0.0f;
   for (int64_t i = 0; i < width; ++i) {
@@ -75,6 +75,10 @@ GridRow uniform_grid(const float* w, int64_t width, int count, bool symmetric) {
   if (symmetric) {
     high = std::max(-low, high);
     low = -high;
+  }
+  low *= clip;
+  high *= clip;
+  if (symmetric) {
     if (count == 2) {
       row.scale = float_to_half(clamp(high, 6e-8f, kHalfMax));
       row.integers[0] = -1;
@@ -149,7 +153,7 @@ void LevelFinder::real_levels(const float* w, float* levels) {
 }
 
 GridRow LevelFinder::grid(const float* w) {
-  if (search_ == LevelSearch::uniform) return uniform_grid(w, width_, count_, symmetric_);
+  if (search_ == LevelSearch::uniform) return uniform_grid(w, width_, count_, symmetric_, clip_);
   float levels[kMostLevels];
   real_levels(w, levels);
   return snap(levels, count_);

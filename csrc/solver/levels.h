@@ -19,9 +19,9 @@ struct GridRow {
 // Memory that a thread keeps from row to row.
 class LevelFinder {
  public:
-  // Only a uniform grid can be symmetric.
-  LevelFinder(LevelSearch search, int bits, int iterations, bool symmetric = false)
-      : search_(search), count_(1 << bits), iterations_(iterations), symmetric_(symmetric) {}
+  // Only a uniform grid can be symmetric, or span a share of the range: `clip`.
+  LevelFinder(LevelSearch search, int bits, int iterations, bool symmetric = false, float clip = 1.0f)
+      : search_(search), count_(1 << bits), iterations_(iterations), symmetric_(symmetric), clip_(clip) {}
 
   // The weights that all following rows stand in front of: h [width], at least 0.
   void importance(const float* h, int64_t width);
@@ -44,6 +44,7 @@ class LevelFinder {
   LevelSearch search_;
   int count_, iterations_;
   bool symmetric_;
+  float clip_;
   int64_t width_ = 0;
   const float* h_ = nullptr;
   std::vector<uint64_t> keys_, other_;          // sortable bits of a weight above its place in the row

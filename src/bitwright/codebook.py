@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitwright.packing import plane_bytes, unpack_planes
+from bitwright.packing import plane_bytes, unpack_plane, unpack_planes
 
-Kind = Literal["free", "uniform", "symmetric", "shared"]
-KINDS: tuple[Kind, ...] = ("free", "uniform", "symmetric", "shared")
+Kind = Literal["free", "uniform", "symmetric", "shared", "salient"]
+KINDS: tuple[Kind, ...] = ("free", "uniform", "symmetric", "shared", "salient")
 
 
 def group_count(columns: int, group: int) -> int:
@@ -75,9 +75,11 @@ class CodebookMatrix:
 
     planes          uint8 [bits, rows, ceil(normal / 8)], the code planes
     scales          fp16 [rows, groups] (all kinds but `shared`), else None
-    levels          int8 [rows, groups, 2**bits] by code (kind `free`), else None
+    levels          int8 [rows, groups, 2**bits] by code (kinds `free` and `salient`), else None
     zeros           uint8 [rows, groups] (kind `uniform`: level(code) = code - zero), else None
     table           fp32 [2**bits] by code (kind `shared`: the weights themselves, the same for all rows), else None
+    salient         uint8 [ceil(normal / 8)], a bit a normal channel (kind `salient`): 1 where the codes of the channel
+                    mean `salient_levels` int8 [rows, groups, 2**bits] times `salient_scales` fp16 [rows, groups]
     outliers        int8 [rows, outlier count] or None; weight = outliers * outlier_scales
     outlier_scales  fp16 [rows] or None
     permutation     int64 [columns] or None: site channel i is input channel permutation[i]
@@ -93,6 +95,9 @@ class CodebookMatrix:
     levels: Tensor | None = None
     zeros: Tensor | None = None
     table: Tensor | None = None
+    salient: Tensor | None = None
+    salient_levels: Tensor | None = None
+    salient_scales: Tensor | None = None
     outliers: Tensor | None = None
     outlier_scales: Tensor | None = None
     permutation: Tensor | None = None
@@ -109,13 +114,19 @@ class CodebookMatrix:
         """uint8 [rows, normal columns]."""
         return unpack_planes(self.planes, self.normal_columns)
 
+    def salient_channels(self) -> Tensor:
+        """bool [normal columns]: the channels whose codes mean the levels of salient ones; none but in that kind."""
+        if self.salient is None:
+            return torch.zeros(self.normal_columns, dtype=torch.bool, device=self.planes.device)
+        return unpack_plane(self.salient.unsqueeze(0), self.normal_columns)[0].bool()
+
     def integer_levels(self) -> Tensor:
         """int8 [rows, groups, 2**bits]: the level of each code in units of the group's scale.
 
-        int16 where a zero point meets codes of 8 bits: -255 .. 255. For every kind; of a shared table as `expanded`
-        makes them, with its ValueError.
+        int16 where a zero point meets codes of 8 bits: -255 .. 255. For every kind; of a shared table and of salient
+        columns as `expanded` makes them, with its ValueError.
         """
-        if self.kind == "shared":
+        if self.kind in ("shared", "salient"):
             return self.expanded().integer_levels()
         if self.levels is not None:
             return self.levels
@@ -131,8 +142,11 @@ class CodebookMatrix:
         """The same weights with a codebook for each row and group: what row by row code, such as the kernels', reads.
 
         A shared table becomes int8 levels times one fp16 scale; a symmetric codebook gets its zero points, with one bit
-        its levels. Raises ValueError where a table holds no such products.
+        its levels. Raises ValueError where a table holds no such products, and of salient columns, whose groups have
+        two codebooks.
         """
+        if self.kind == "salient":
+            raise ValueError("salient columns have levels of their own: a group has two codebooks, not one")
         if self.kind == "symmetric":
             if self.bits == 1:
                 return replace(self, kind="free", levels=self.integer_levels())
@@ -173,8 +187,14 @@ class CodebookMatrix:
             zeros = 2.0 ** (self.bits - 1) if self.zeros is None else self.zeros.to(torch.float32).unsqueeze(-1)
             weights = (codes.to(torch.float32) - zeros) * self.scales.to(torch.float32).unsqueeze(-1)
             return weights.view(self.rows, -1)[:, : self.normal_columns]
-        levels = self.integer_levels().to(torch.float32) * self.scales.to(torch.float32).unsqueeze(-1)
-        return select_levels(levels, codes).view(self.rows, -1)[:, : self.normal_columns]
+        integers = self.levels if self.kind == "salient" else self.integer_levels()
+        assert integers is not None
+        weights = select_levels(_products(integers, self.scales), codes).view(self.rows, -1)[:, : self.normal_columns]
+        if self.salient_levels is None or self.salient_scales is None:
+            return weights
+        salient = select_levels(_products(self.salient_levels, self.salient_scales), codes)
+        salient = salient.view(self.rows, -1)[:, : self.normal_columns]
+        return torch.where(self.salient_channels(), salient, weights)
 
     def dequantize(self) -> Tensor:
         """fp32 [rows, columns] in the order of the model's input channels."""
@@ -193,6 +213,9 @@ class CodebookMatrix:
             "zeros": self.zeros,
             "scales": self.scales,
             "table": self.table,
+            "salient": self.salient,
+            "salient_levels": self.salient_levels,
+            "salient_scales": self.salient_scales,
             "outliers": self.outliers,
             "outlier_scales": self.outlier_scales,
         }
@@ -211,6 +234,11 @@ def on_grid(table: Tensor) -> tuple[Tensor, Tensor] | None:
     scale = (table.abs().max() / 127.0).to(torch.float16)
     integers = torch.round(table / scale.to(torch.float32)).nan_to_num().clamp(-127, 127).to(torch.int8)
     return (integers, scale) if torch.equal(integers.to(torch.float32) * scale.to(torch.float32), table) else None
+
+
+def _products(integers: Tensor, scales: Tensor) -> Tensor:
+    """int8 [rows, groups, k] times fp16 [rows, groups] -> fp32, exact."""
+    return integers.to(torch.float32) * scales.to(torch.float32).unsqueeze(-1)
 
 
 def select_levels(table: Tensor, codes: Tensor) -> Tensor:
@@ -234,10 +262,14 @@ def matrix_shapes(
         shapes["table"] = (torch.float32, (2**bits,))
     else:
         shapes["scales"] = (torch.float16, (rows, groups))
-    if kind == "free":
+    if kind in ("free", "salient"):
         shapes["levels"] = (torch.int8, (rows, groups, 2**bits))
     elif kind == "uniform":
         shapes["zeros"] = (torch.uint8, (rows, groups))
+    if kind == "salient":
+        shapes["salient"] = (torch.uint8, (plane_bytes(normal),))
+        shapes["salient_levels"] = (torch.int8, (rows, groups, 2**bits))
+        shapes["salient_scales"] = (torch.float16, (rows, groups))
     if outliers:
         shapes["outliers"] = (torch.int8, (rows, outliers))
         shapes["outlier_scales"] = (torch.float16, (rows,))

@@ -2,10 +2,10 @@
 
     python tests/golden/make.py
 
-A random model of one block and made-up words; `free` (preset bwa) and `uniform` (preset rtn). KIND.json holds token
-ids, the logits after each, and the sha256 of each linear's dequantized fp32 weights. The ids are chosen so that no
-4-bit code stands near a rounding boundary: noise of 1e-6 on every linear leaves the logits where they are, so another
-processor's order of summation does, too.
+A random model of one block and made-up words; `free` (preset bwa), `uniform` (rtn), `shared` (wgm) and `salient` (billm
+with the symmetric inputs of atom). KIND.json holds token ids, the logits after each, and the sha256 of each linear's
+dequantized fp32 weights. The ids are chosen so that no 4-bit code stands near a rounding boundary: noise of 1e-6 on
+every linear leaves the logits where they are, so another processor's order of summation does, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from bitwright.runtime import quantized_linears
 HERE = Path(__file__).resolve().parent
 WORDS = [first + second for first in ("ba", "ti", "lo", "mu", "re", "sha") for second in ("n", "sk", "ra", "lem", "to")]
 OPTIONS = {"weights.group": 32, "calibration.sequences": 16, "calibration.length": 32}
-PRESETS = {"free": "bwa", "uniform": "rtn", "shared": "wgm"}
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "free": ("bwa", {}),
+    "uniform": ("rtn", {}),
+    "shared": ("wgm", {}),
+    "salient": ("billm", {"activations": {"balance": "none", "clip": 0.9, "symmetric": True}, "kv": {}}),
+}
 TOKENS = 12
 
 
@@ -99,10 +104,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "golden"
         make_model(source)
-        for kind in sys.argv[1:] or PRESETS:
-            preset = PRESETS[kind]
+        for kind in sys.argv[1:] or RECIPES:
+            preset, options = RECIPES[kind]
             out = Path(scratch) / kind
-            bitwright.quantize(source, out, bitwright.preset(preset).with_options(OPTIONS), calibration, threads=1)
+            recipe = bitwright.preset(preset).with_options(OPTIONS | options)
+            bitwright.quantize(source, out, recipe, calibration, threads=1)
             shutil.rmtree(HERE / kind, ignore_errors=True)
             shutil.copytree(out, HERE / kind)
             model = bitwright.load(out)

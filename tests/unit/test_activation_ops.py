@@ -40,20 +40,30 @@ def values(parts: tuple[Tensor, ...], group: int) -> Tensor:
     outliers=st.sampled_from([0, 1, 3, 16, 33]),
     tokens=st.sampled_from([1, 2, 7, 40]),
     clip=st.sampled_from([1.0, 0.85]),
+    symmetric=st.booleans(),
     spread=SPREADS,
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 @examples(80)
 def test_every_backend_gives_the_same_integers_and_their_values(
-    groups: int, group: int, ragged: int, outliers: int, tokens: int, clip: float, spread: str, threads: int, seed: int
+    groups: int,
+    group: int,
+    ragged: int,
+    outliers: int,
+    tokens: int,
+    clip: float,
+    symmetric: bool,
+    spread: str,
+    threads: int,
+    seed: int,
 ) -> None:
     columns = groups * group - ragged + outliers
     x = spread_out(gaussian(tokens, columns, seed=seed), spread)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
-    arguments = (order, outliers, group, clip)
+    arguments = (order, outliers, group, clip, symmetric)
     expected = by_reference(x, *arguments)
-    recipe = ActivationRecipe(balance="none", clip=clip)
+    recipe = ActivationRecipe(balance="none", clip=clip, symmetric=symmetric)
     assert torch.equal(values(expected, group), dequantized(x[:, order.long()], outliers, group, recipe))
     for name, found in on_every_variant(lambda: quantize_site(x, *arguments), threads).items():
         for part, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -76,6 +86,15 @@ def test_by_hand(backend: str) -> None:
     assert codes[0, 16:].tolist() == [0, -1, -1, -1, -2, -3, -3, -15]
     assert outlier_codes.tolist() == [[127, -2]]
     assert outlier_step.tolist() == [2.0]
+
+
+def test_by_hand_without_a_zero_point(backend: str) -> None:
+    """mu = 0.9 max|x| / 7, codes -8..7 (Atom): the largest magnitude is cut, to 7 mu or 8 mu by its sign."""
+    x = torch.tensor([[7.0, -3.5, 1.0, 0.4, 0.5, -0.6, 0.0, 6.0, -7.0, 3.5, -0.9, 0.0, 0.0, 0.0, 0.0, 6.9]])
+    codes, step, rest, *_ = quantize_site(x, None, 0, 8, 0.9, True)
+    assert step[0].tolist() == pytest.approx([0.9, 0.9])
+    assert rest.tolist() == [[0.0, 0.0]]
+    assert codes.tolist() == [[7, -4, 1, 0, 1, -1, 0, 7, -8, 4, -1, 0, 0, 0, 0, 7]]
 
 
 def test_batches_orders_and_views(backend: str) -> None:

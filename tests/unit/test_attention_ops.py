@@ -67,31 +67,32 @@ def check(found: Tensor, arguments: tuple[Any, ...]) -> None:
     tokens=st.integers(0, 9),
     head_dim=st.integers(1, 160),
     position=st.integers(0, 5),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
+    clip=st.sampled_from([1.0, 1.0, 0.9, 0.53125, 0.01]),
     spread=st.sampled_from(sorted(SPREADS)),
     count=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@examples(60)
+@examples(100)
 def test_append_writes_the_bytes_of_encode(
-    heads: int, tokens: int, head_dim: int, position: int, bits: int, spread: str, count: int, seed: int
+    heads: int, tokens: int, head_dim: int, position: int, bits: int, clip: float, spread: str, count: int, seed: int
 ) -> None:
     states = SPREADS[spread](gaussian(tokens, heads, head_dim, seed=seed)).transpose(0, 1)  # a strided view
     before = torch.full((heads, position + tokens + 2, record_bytes(head_dim, bits)), 0x5A, dtype=torch.uint8)
     expected = before.clone()
-    expected[:, position : position + tokens] = encode(states, bits)
+    expected[:, position : position + tokens] = encode(states, bits, clip)
     try:
         for name in VARIANTS:
             module.choose(name)
             records = before.clone()
             with threads(count):
-                attention_ops.kv_append(records, states, position, bits)
+                attention_ops.kv_append(records, states, position, bits, clip)
             assert torch.equal(records, expected), name
     finally:
         restore()
 
 
-@given(row=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), bits=st.sampled_from([4, 8]))
+@given(row=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), bits=st.integers(2, 8))
 @examples(150)
 def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits: int) -> None:
     states = torch.tensor(row).reshape(1, 1, -1)
@@ -105,7 +106,7 @@ def test_any_finite_or_infinite_number_appends_as_encode(row: list[float], bits:
         restore()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 @pytest.mark.parametrize("channel", [0, 9, 20])
 def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> None:
     states = gaussian(1, 3, 21)
@@ -125,7 +126,7 @@ def test_a_nan_makes_its_record_nan(backend: str, bits: int, channel: int) -> No
     length=st.integers(1, 300),
     new=st.sampled_from([1, 1, 1, 2, 5, 17, 60, 300]),
     window=st.sampled_from([0, 0, 1, 7, 64, 100, 400]),
-    bits=st.sampled_from([4, 8]),
+    bits=st.integers(2, 8),
     spread=st.sampled_from(sorted(SPREADS)),
     seed=st.integers(0, 1000),
 )
@@ -152,7 +153,7 @@ def test_attention_over_the_cache(
         restore()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 @pytest.mark.parametrize(
     ("heads", "group", "new", "length", "window"),
     [(2, 1, 1, 1700, 0), (1, 4, 1, 1700, 1100), (2, 3, 2, 1030, 0), (1, 2, 200, 513, 0), (3, 1, 64, 600, 90)],
@@ -216,7 +217,9 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         attention_ops.kv_append(records[:, ::2], states, 0, 4)
     with pytest.raises(ValueError, match="bits must be"):
-        attention_ops.kv_append(records, states, 0, 3)
+        attention_ops.kv_append(records, states, 0, 1)
+    with pytest.raises(ValueError, match="clip must be"):
+        attention_ops.kv_append(records, states, 0, 4, 0.0)
     with pytest.raises(ValueError, match="float32"):
         attention_ops.kv_attention(states.double(), records, records, 3, 1.0, 0, 4)
     with pytest.raises(ValueError, match="length must lie"):

@@ -31,12 +31,12 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     wide = torch.cat([encode(gaussian(1, 6, 8), 4), torch.zeros(1, 2, 8, dtype=torch.uint8)], dim=1)
     upper, dead = torch.eye(40) + 0.1 * gaussian(40, 40).triu(), torch.arange(40) == 7
     return {
-        "site_linear": [(x, packed, order, bias, 32, 4, 32, 1.0), (x[0, :1], packed, None, None, 32, 4, 32, 0.9)],
+        "site_linear": [(x, packed, order, bias, 32, 4, 32, 1.0), (x[0, :1], packed, None, None, 32, 4, 32, 0.9, True)],
         "site_planes": [
             (x, counted, order, bias, 32, 4, 32, 1.0, "support"),
             (x[0, :1], counted, None, None, 32, 4, 32, 0.9, "none"),
         ],
-        "quantize_site": [(x, order, 4, 32, 1.0), (x[0].T.contiguous().T, None, 0, 32, 0.9)],
+        "quantize_site": [(x, order, 4, 32, 1.0), (x[0].T.contiguous().T, None, 0, 32, 0.9, True)],
         "dequantize": [(packed, 32, 100, 4, 32)],
         "dense_linear": [(x, gaussian(7, 100).bfloat16())],
         "head_linear": [

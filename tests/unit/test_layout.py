@@ -48,15 +48,18 @@ def test_a_transform_is_named_where_there_is_one() -> None:
     assert turned.transform == SiteHadamard(12, 2, 32)
     assert requirements([SPEC, SPEC]) == []
     assert requirements([SPEC, turned]) == ["hadamard"]
+    salient = dataclasses.replace(SPEC, kind="salient")
+    assert requirements([SPEC, salient], outer=True, symmetric_inputs=True) == ["outer", "salient", "symmetric_inputs"]
     with pytest.raises(ArtifactError, match="layer x has a Hadamard transform of size 14, which has no matrix"):
         LayerSpec.from_dict("x", turned.to_dict() | {"hadamard": 14})
 
 
-def test_a_reader_that_does_not_know_the_transform_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"format_version": FORMAT_VERSION, "requires": ["hadamard"]}
+@pytest.mark.parametrize("feature", ["hadamard", "salient", "symmetric_inputs"])
+def test_a_reader_that_does_not_know_a_feature_refuses(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"format_version": FORMAT_VERSION, "requires": [feature]}
     check_version(config)
     monkeypatch.setattr("bitwright.artifact.layout.KNOWN_REQUIREMENTS", frozenset())
-    with pytest.raises(ArtifactError, match="format feature 'hadamard', which this bitwright does not know"):
+    with pytest.raises(ArtifactError, match=f"format feature '{feature}', which this bitwright does not know"):
         check_version(config)
 
 

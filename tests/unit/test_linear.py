@@ -105,7 +105,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", ["free", "uniform", "shared"])
+@pytest.mark.parametrize("kind", ["free", "uniform", "shared", "salient"])
 def test_sixteen_bit_activations_are_a_plain_linear(bits: int, kind: Any) -> None:
     matrix = random_matrix(6, 41, 16, kind, 5, 1, True, bits)
     x, bias = gaussian(5, 41, seed=3), gaussian(6, seed=2)

@@ -199,9 +199,9 @@ def test_every_mode(feedback: Any, feedback_outliers: bool, levels: Any, bits: i
 
 @pytest.mark.parametrize(("bits", "symmetric"), itertools.product([1, 2, 4, 5, 7, 8], (False, True)))
 @pytest.mark.parametrize("feedback", native.FEEDBACK)
-@pytest.mark.parametrize("group", [0, 16])
-def test_equally_spaced_levels(feedback: Any, group: int, bits: int, symmetric: bool) -> None:
-    recipe = WeightRecipe(bits=bits, group=group, levels="uniform", feedback=feedback, symmetric=symmetric)
+@pytest.mark.parametrize(("group", "clip"), [(0, 1.0), (16, 1.0), (16, 0.85)])
+def test_equally_spaced_levels(feedback: Any, group: int, clip: float, bits: int, symmetric: bool) -> None:
+    recipe = WeightRecipe(bits=bits, group=group, levels="uniform", feedback=feedback, symmetric=symmetric, clip=clip)
     hessian = site(133, seed=2, dead=(0, 50, 131))
     weights = gaussian(21, 133, seed=bits)
     factor = factorize(hessian, 0.01, "conditional")

@@ -76,6 +76,17 @@ def test_whole_numbers_where_fractions_are_expected_are_the_same_recipe() -> Non
     assert len(texts) == 1
 
 
+def test_options_that_came_later_are_left_out_where_they_change_nothing() -> None:
+    """So that older versions read an artifact whose bytes they understand."""
+    data = preset("bwa").to_dict()
+    assert "clip" not in data["weights"]
+    assert "symmetric" not in data["activations"]
+    assert "outer" not in data
+    data = preset("atom").to_dict()
+    assert (data["weights"]["clip"], data["activations"]["symmetric"]) == (0.85, True)
+    assert Recipe.from_dict(data) == preset("atom")
+
+
 def test_recipes_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         preset("bwa").weights.bits = 3  # type: ignore[misc]
@@ -103,15 +114,37 @@ def test_presets() -> None:
     assert (quarot.transform.rotation, quarot.kv) == ("quarot", KVRecipe(bits=4, hadamard=True))
     assert quarot.activations == ActivationRecipe(balance="none", clip=0.9)
     assert preset("rtn").activations == preset("bwa").activations == ActivationRecipe()
+    gbs = preset("gbs")
+    assert (gbs.weights.bits, gbs.weights.range, gbs.transform.expansion) == (3, "mse", "hadamard")
+    assert (gbs.activations, gbs.kv) == (ActivationRecipe(bits=3, balance="none"), KVRecipe(bits=3, hadamard=True))
+    assert (gbs.search.method, gbs.search.objective, gbs.search.iterations, gbs.search.share) == (
+        "gbs",
+        "perplexity",
+        10,
+        0.1,
+    )
     gptq = preset("gptq")
     assert (gptq.weights.bits, gptq.weights.feedback, gptq.weights.kind) == (4, "column", "uniform")
     assert gptq.with_options({"weights.symmetric": True}).weights.kind == "symmetric"
     assert (gptq.weights.outliers, gptq.weights.order, gptq.activations, gptq.kv) == (0, "none", None, None)
+    billm = preset("billm")
+    assert (billm.weights.method, billm.weights.bits, billm.weights.kind) == ("billm", 2, "salient")
+    assert (billm.weights.feedback, billm.weights.importance) == ("block-diag", "conditional")
+    assert (billm.weights.outliers, billm.weights.order, billm.activations, billm.kv) == (0, "none", None, None)
+    atom = preset("atom")
+    assert (atom.weights.method, atom.weights.bits, atom.weights.kind, atom.weights.clip) == (
+        "gptq",
+        4,
+        "symmetric",
+        0.85,
+    )
+    assert (atom.weights.outliers, atom.weights.order, atom.kv) == ("auto", "ascending", KVRecipe())
+    assert atom.activations == ActivationRecipe(balance="none", clip=0.9, symmetric=True)
     assert (gptq.weights.group_of(200), WeightRecipe(group=0).group_of(203)) == (128, 208)
     for name, recipe in PRESETS.items():
         assert recipe.name == name
         assert Recipe.from_dict(recipe.to_dict()) == recipe
-    with pytest.raises(RecipeError, match=r"no preset 'awq'; the presets are bwa, .*rtn, wgm"):
+    with pytest.raises(RecipeError, match=r"no preset 'awq'; the presets are atom, billm, bitwright, bwa, .*rtn, wgm"):
         preset("awq")
 
 
@@ -147,7 +180,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"weights": {"levels": "kmeans"}},
         "weights.levels = 'kmeans'",
-        "'em', 'dp', 'minmax', 'uniform', 'windowed' or 'greedy'",
+        "'em', 'dp', 'minmax', 'uniform', 'windowed', 'greedy' or 'split'",
     ),
     ({"weights": {"feedback": None}}, "weights.feedback = None", "'none', 'block-diag', 'block-tri' or 'column'"),
     ({"weights": {"group": 12}}, "group = 12 is not a multiple of 8", "write for example 64 or 128"),
@@ -156,6 +189,21 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"method": "gptq"}}, "method 'gptq' has no levels = 'em'", "feedback = 'column'"),
     ({"weights": {"symmetric": True}}, "symmetric is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
     ({"weights": {"range": "mse"}}, "range is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
+    ({"weights": {"clip": 0.9}}, "clip is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
+    ({"weights": {"clip": 0}}, "weights.clip = 0", "greater than 0"),
+    (
+        {"weights": {"method": "rtn", "levels": "uniform", "feedback": "none", "clip": 0.9, "range": "mse"}},
+        "clip = 0.9 is what range = 'mse' searches for",
+        "write clip = 1",
+    ),
+    ({"weights": {"levels": "split"}}, "levels = 'split' is for method 'billm' alone", "write levels = 'em' or 'dp'"),
+    ({"weights": {"method": "billm"}}, "method 'billm' has no levels = 'em'", "write levels = 'split', bits = 2"),
+    (
+        {"weights": {"method": "billm", "levels": "split", "feedback": "column"}},
+        "feedback = 'column'",
+        "feedback = 'block-diag', 'block-tri' or 'none'",
+    ),
+    ({"activations": {"symmetric": True}}, "balance is for codes with a zero point", "write balance = 'none'"),
     ({"weights": {"outliers": -1}}, "outliers = -1 is negative", "write 'auto', 0 or a positive number"),
     ({"weights": {"outliers": "some"}}, "weights.outliers = 'some'", "'auto' or"),
     ({"weights": {"outliers": "some"}}, "weights.outliers = 'some'", "valid integer"),
@@ -172,9 +220,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": None}, "weights = None", "an object with the keys method, bits, group"),
     ({"kv": 4}, "kv = 4", "an object with the keys bits"),
     ({"activations": {"bits": 8}}, "activations: balance", "write balance = 'none' with bits = 8"),
-    ({"activations": {"bits": 2}}, "activations.bits = 2", "4 or 8"),
+    ({"activations": {"bits": 5}}, "activations.bits = 5", "2, 3, 4 or 8"),
     ({"activations": {"clip": 0}}, "activations.clip = 0", "greater than 0"),
-    ({"kv": {"bits": 3}}, "kv.bits = 3", "4 or 8"),
+    ({"kv": {"bits": 1}}, "kv.bits = 1", "greater than or equal to 2"),
     ({"calibration": {"length": 4}}, "length = 4 is too short", "write 8 or more"),
     ({"calibration": {"length": "x"}}, "calibration.length = 'x'", "'auto' or"),
     ({"calibration": {"sequences": 0}}, "calibration.sequences = 0", "greater than or equal to 1"),

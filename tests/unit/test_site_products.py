@@ -30,9 +30,11 @@ class Product:
     tiles: ModuleType
     balance: Any
 
+    symmetric: bool = False
+
     def multiply(self, x: Tensor, packed: Tensor, order: Any, bias: Any, *sizes: int, clip: float = 1.0) -> Tensor:
         if self.tiles is tiles:
-            return ops.site_linear(x, packed, order, bias, *sizes, clip)
+            return ops.site_linear(x, packed, order, bias, *sizes, clip, self.symmetric)
         return plane_ops.site_planes(x, packed, order, bias, *sizes, clip, self.balance)
 
     def __call__(self, x: Tensor, matrix: CodebookMatrix, bias: Tensor | None = None, clip: float = 1.0) -> Tensor:
@@ -40,11 +42,18 @@ class Product:
         sizes = (matrix.rows, matrix.outlier_columns, matrix.group)
         return self.multiply(x, self.tiles.pack(matrix), order, bias, *sizes, clip=clip)
 
+    def recipe(self, clip: float = 1.0) -> ActivationRecipe:
+        return ActivationRecipe(balance=self.balance, clip=clip, symmetric=self.symmetric)
+
     def __str__(self) -> str:
-        return f"{self.tiles.__name__.rpartition('.')[2]}-{self.balance}"
+        return f"{self.tiles.__name__.rpartition('.')[2]}-{self.balance}{'-symmetric' * self.symmetric}"
 
 
-PRODUCTS = [Product(tiles, "none"), *(Product(planes, balance) for balance in plane_ops.BALANCES)]
+PRODUCTS = [
+    Product(tiles, "none"),
+    Product(tiles, "none", True),
+    *(Product(planes, balance) for balance in plane_ops.BALANCES),
+]
 every_product = pytest.mark.parametrize("product", PRODUCTS, ids=str)
 
 SITES = [
@@ -104,7 +113,7 @@ def test_packing_keeps_every_bit(backend: str, packing: Any, shape: Any, kind: A
 def test_linear_is_the_readable_twin(backend: str, product: Product, shape: Any, tokens: int, clip: float) -> None:
     matrix = a_matrix(*shape)
     x, bias = gaussian(tokens, matrix.columns, seed=1) * 3, gaussian(matrix.rows, seed=2)
-    expected = quantized_linear(x, matrix, ActivationRecipe(balance=product.balance, clip=clip), bias)
+    expected = quantized_linear(x, matrix, product.recipe(clip), bias)
     found = product(x, matrix, bias, clip)
     assert found.shape == (tokens, matrix.rows)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -157,7 +166,7 @@ def test_all_variants_agree_to_the_last_bit(
 def test_extreme_inputs(backend: str, product: Product, name: str) -> None:
     matrix = unpermuted(40, 150, 6, 64)
     x = EXTREMES[name](gaussian(4, 150, seed=8))
-    expected = quantized_linear(x, matrix, ActivationRecipe(balance=product.balance))
+    expected = quantized_linear(x, matrix, product.recipe())
     size = float(x.double().abs().max() * 150 * matrix.dequantize().abs().max()) + 1e-12
     torch.testing.assert_close(product(x, matrix).double(), expected, rtol=1e-3, atol=1e-6 * size)
 

@@ -64,9 +64,19 @@ def test_every_width_of_code(feedback: Any, bits: int, levels: Any) -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize(("symmetric", "span"), itertools.product((False, True), ("minmax", "mse")))
+@pytest.mark.parametrize(
+    ("symmetric", "span", "clip"),
+    [
+        (False, "minmax", 1.0),
+        (True, "minmax", 1.0),
+        (False, "mse", 1.0),
+        (True, "mse", 1.0),
+        (False, "minmax", 0.7),
+        (True, "minmax", 0.85),
+    ],
+)
 @pytest.mark.parametrize(("method", "group"), [("rtn", 16), ("gptq", 16), ("gptq", 0)])
-def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bool, span: Any) -> None:
+def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bool, span: Any, clip: float) -> None:
     recipe = WeightRecipe(
         method=method,
         bits=bits,
@@ -75,6 +85,7 @@ def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bo
         feedback="column" if method == "gptq" else "none",
         symmetric=symmetric,
         range=span,
+        clip=clip,
         importance="hessian",
     )
     weights, hessian = gaussian(6, 43, seed=23), site(43, seed=24)

@@ -143,7 +143,7 @@ def search(weights: Sequence[float], importance: Sequence[float], recipe: Weight
     if recipe.levels == "uniform" and recipe.range == "mse":
         return least_error_grid(weights, importance, recipe.bits, recipe.symmetric)
     if recipe.levels == "uniform":
-        return uniform(weights, recipe.bits, recipe.symmetric)
+        return uniform(weights, recipe.bits, recipe.symmetric, recipe.clip)
     if recipe.levels == "minmax":
         low, high = min(weights), max(weights)
         return on_grid([low + (high - low) * i / (count - 1) for i in range(count)])
@@ -242,7 +242,7 @@ def random_matrix(
 
     normal = columns - outliers
     groups = -(-normal // group)
-    shared = kind == "shared"
+    shared, salient = kind == "shared", kind == "salient"
     table = None
     if shared:
         steps = integers(-127, 128, (2**bits,), torch.float32)
@@ -257,9 +257,12 @@ def random_matrix(
         planes=pack_planes(integers(0, 2**bits, (rows, normal), torch.uint8), bits),
         scales=None if shared else (torch.rand(rows, groups, generator=generator) + 0.01).half(),
         table=table,
-        levels=integers(-127, 128, (rows, groups, 2**bits), torch.int8) if kind == "free" else None,
+        levels=integers(-127, 128, (rows, groups, 2**bits), torch.int8) if kind in ("free", "salient") else None,
         zeros=integers(0, 2**bits, (rows, groups), torch.uint8) if kind == "uniform" else None,
         outliers=integers(-127, 128, (rows, outliers), torch.int8) if outliers else None,
         outlier_scales=(torch.rand(rows, generator=generator) + 0.01).half() if outliers else None,
         permutation=torch.randperm(columns, generator=generator) if permuted else None,
+        salient=pack_planes(integers(0, 2, (1, normal), torch.uint8), 1)[0, 0] if salient else None,
+        salient_levels=integers(-127, 128, (rows, groups, 2**bits), torch.int8) if salient else None,
+        salient_scales=(torch.rand(rows, groups, generator=generator) + 0.01).half() if salient else None,
     )

@@ -1,8 +1,9 @@
 """The dynamic activation quantizer of a site: 4 bits a channel, a step and a zero point a token and group.
 
-Normal channels: asymmetric codes over groups of the weights' size (BWA, eq. 3 and 4, errata E7 to E9), optionally with
-*balanced* plane scales (BWA, appendix A, eq. 10 and 11, erratum E18): the value of bit plane a is then a free number
-mu_a in place of 2^a mu. Outlier channels: symmetric int8, one scale a token.
+Normal channels: codes over groups of the weights' size, with a zero point (BWA, eq. 3 and 4, errata E7 to E9) or
+symmetric (Atom). With a zero point optionally *balanced* plane scales (BWA, appendix A, eq. 10 and 11, erratum E18):
+the value of bit plane a is then a free number mu_a in place of 2^a mu. Outlier channels: symmetric int8, one
+scale a token.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def quantize_groups(x: Tensor, group: int, recipe: ActivationRecipe) -> Quantize
 
     mu = (max - min) / (2**bits - 1), at least 1e-5; z = -round(min / mu), an integer that is not clamped, so groups
     whose values all have one sign are not clipped. A group of equal values has mu = 1e-5 and is exact to mu / 2.
+    With `symmetric` mu = clip max|x| / (2**(bits - 1) - 1) and z = 2**(bits - 1): values -8 mu .. 7 mu for 4 bits, as
+    Atom's code has them.
     """
     tokens, channels = x.shape
     padding = -channels % group
@@ -69,12 +72,16 @@ def quantize_groups(x: Tensor, group: int, recipe: ActivationRecipe) -> Quantize
         x = torch.cat([x, x[:, -1:].expand(tokens, padding)], dim=1)
     x = x.unflatten(1, (-1, group))
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-    if recipe.clip != 1.0:
-        cut = (high - low) * ((1.0 - recipe.clip) / 2.0)
-        low, high = low + cut, high - cut
     top = 2**recipe.bits - 1
-    step = ((high - low) / top).clamp_min(MINIMUM_STEP)
-    zero = -torch.round(low / step)
+    if recipe.symmetric:
+        step = (torch.maximum(-low, high) * recipe.clip / (top // 2)).clamp_min(MINIMUM_STEP)
+        zero = torch.full_like(step, 2 ** (recipe.bits - 1))
+    else:
+        if recipe.clip != 1.0:
+            cut = (high - low) * ((1.0 - recipe.clip) / 2.0)
+            low, high = low + cut, high - cut
+        step = ((high - low) / top).clamp_min(MINIMUM_STEP)
+        zero = -torch.round(low / step)
     codes = torch.round(x / step).add_(zero).clamp_(0, top)
     if padding:
         codes[:, -1, group - padding :] = 0.0

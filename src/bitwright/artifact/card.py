@@ -40,9 +40,9 @@ or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THI
 |---|---|---|
 | quantized linears ({{ "{:,}".format(plan.linear_weights) }} weights): codes, levels, scales, outliers, permutations \
 | {{ "%.4f"|format(plan.linear_bits) }} a weight | {{ "{:,}".format(plan.linear_bytes) }} |
-{% if plan.claimed_bits is not none -%}
-| the same by the method's own formula, which leaves out the group of each weight \
-| {{ "%.4f"|format(plan.claimed_bits) }} a weight | |
+{% if claimed is not none -%}
+| the same by the method's own formula, which leaves out {{ left_out }} \
+| {{ "%.4f"|format(claimed) }} a weight | |
 {% endif -%}
 | whole model ({{ "{:,}".format(plan.parameters) }} parameters), embeddings and head included \
 | {{ "%.4f"|format(plan.model_bits) }} a parameter | {{ "{:,}".format(plan.total_bytes) }} |
@@ -87,7 +87,21 @@ Relative output error on the calibration inputs (quantized activations in, weigh
 {% for entry in layers -%}
 | {{ entry.linear }} | {{ entry.shape[0] }} x {{ entry.shape[1] }} | {{ entry.outliers }} | \
 {{ "%.4f"|format(entry.bits) }} | {{ "%.5f"|format(entry.error) }} | {{ entry.damping }} | {{ entry.rescue or "" }} |
-{% endfor %}"""
+{% endfor %}
+{%- if search %}
+## Clip ratios
+
+{% set asked = plan.recipe.search -%}
+Searched by `{{ asked.method }}`, in this order, for the least \
+{{ "loss" if asked.objective == "perplexity" else "squared error of the output" }} on the first \
+{{ "%g"|format(asked.share * 100) }} % of the calibration text.
+
+| inputs or cache | ratio | value | evaluations |
+|---|---|---|---|
+{% for entry in search -%}
+| {{ entry.target }} | {{ "%.5g"|format(entry.ratio) }} | {{ "%.6g"|format(entry.value) }} | {{ entry.tried|length }} |
+{% endfor %}
+{%- endif %}"""
 
 
 def write_card(
@@ -96,6 +110,7 @@ def write_card(
     layers: list[dict[str, Any]],
     measured: dict[str, Any],
     facts: dict[str, Any],
+    search: list[dict[str, Any]],
     tuning: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md. It holds no time, path or command line: equal artifacts have equal cards."""
@@ -103,12 +118,18 @@ def write_card(
     names = {"calibration": f"{facts['calibration']['name']} (calibration)"}
     if facts["evaluation"]:
         names["evaluation"] = f"{facts['evaluation']['name']} (not calibrated on)"
+    left_out = "the group of each weight"
+    if recipe.weights.method == "billm":
+        left_out = "which side of the break point a weight is on, and all parameters"
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE)
     text = template.render(
         plan=plan,
+        claimed=plan.claimed_after(layers),
+        left_out=left_out,
         layers=layers,
         measured=measured,
         facts=facts,
+        search=search,
         tuning=tuning,
         names=names,
         exp=math.exp,

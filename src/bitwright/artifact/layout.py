@@ -22,7 +22,10 @@ INDEX_NAME = "model.safetensors.index.json"
 # Parts of the format beyond version 1 that a reader must know; an artifact that names another one is refused.
 HADAMARD = "hadamard"  # layers whose input is transformed behind its order
 OUTER = "outer"  # embedding or head in integers
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER})
+SALIENT = "salient"  # linears with a second codebook for salient channels
+SYMMETRIC_INPUTS = "symmetric_inputs"  # inputs quantized without a zero point
+CLIP = "clip"  # clip ratios of a site's inputs or of a layer's cache, in place of the recipe's
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER, SALIENT, SYMMETRIC_INPUTS, CLIP})
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -39,6 +42,7 @@ class LayerSpec:
     `permutation` names the linear (the site's leader) whose `permutation` tensor orders the input, or is None.
     `hadamard` and `stride` are those of transforms.SiteHadamard; hadamard = 0: none. Left out of the dict where nothing
     is transformed, so that such artifacts are what they were before there was a transform.
+    `clip` is the clip ratio of the input's quantizer; None, and then left out: that of the recipe.
     """
 
     rows: int
@@ -51,11 +55,14 @@ class LayerSpec:
     permutation: str | None
     hadamard: int = 0
     stride: int = 1
+    clip: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         if not self.hadamard:
             del data["hadamard"], data["stride"]
+        if self.clip is None:
+            del data["clip"]
         return data
 
     @classmethod
@@ -75,6 +82,8 @@ class LayerSpec:
             )
         if spec.hadamard and not constructible(spec.hadamard):
             raise ArtifactError(f"layer {name} has a Hadamard transform of size {spec.hadamard}, which has no matrix")
+        if spec.clip is not None:
+            check_clip(f"layer {name}", spec.clip)
         return spec
 
     @property
@@ -116,6 +125,32 @@ class OuterSpec:
     @property
     def weights(self) -> int:
         return self.rows * self.columns
+
+
+def check_clip(what: str, ratio: Any) -> None:
+    """Raises ArtifactError where config.json gives something else than a clip ratio."""
+    if type(ratio) not in (int, float) or not 0.0 < ratio <= 1.0:
+        raise ArtifactError(
+            f"config.json gives {what} clip = {ratio!r}; expected a number above 0, at most 1; the artifact is damaged"
+        )
+
+
+def cache_clips(config: Mapping[str, Any], layers: int) -> list[float] | None:
+    """`cache` of a quantization_config: the clip ratio of each layer's cache; None: that of the recipe in all.
+
+    Raises ArtifactError where there is not one for each of `layers` decoder blocks.
+    """
+    if (described := config.get("cache")) is None:
+        return None
+    clips = described.get("clips") if isinstance(described, Mapping) else None
+    if not isinstance(clips, list) or len(clips) != layers:
+        raise ArtifactError(
+            f"quantization_config.cache is {described!r}; expected `clips` with a number for each of the {layers}"
+            " decoder blocks; the artifact is damaged"
+        )
+    for index, ratio in enumerate(clips):
+        check_clip(f"the cache of decoder block {index}", ratio)
+    return [float(ratio) for ratio in clips]
 
 
 def _described(cls: type, name: str, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,9 +210,19 @@ def counted(tensor_name: str) -> bool:
     return not tensor_name.endswith((".bias", ".weight"))
 
 
-def requirements(specs: Iterable[LayerSpec]) -> list[str]:
-    """The entry `requires` for these layers."""
-    return [HADAMARD] if any(spec.hadamard for spec in specs) else []
+def requirements(
+    specs: Iterable[LayerSpec], outer: bool = False, symmetric_inputs: bool = False, clips: bool = False
+) -> list[str]:
+    """The entry `requires` of an artifact with these layers; `clips`: ratios that a search found."""
+    specs = list(specs)
+    features = {
+        HADAMARD: any(spec.hadamard for spec in specs),
+        OUTER: outer,
+        SALIENT: any(spec.kind == "salient" for spec in specs),
+        SYMMETRIC_INPUTS: symmetric_inputs,
+        CLIP: clips,
+    }
+    return [feature for feature, needed in features.items() if needed]
 
 
 def check_version(config: Mapping[str, Any]) -> None:

@@ -115,6 +115,9 @@ class _Reporter:
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None:
         self._bar.block_done(index, entries)
 
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        self._bar.searching(target, done, total, found)
+
     def begin_tuning(self, intervals: int, completed: int) -> None:
         self._bar.begin_tuning(intervals, completed)
 

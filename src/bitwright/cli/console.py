@@ -76,6 +76,7 @@ class RunReporter:
     def __init__(self) -> None:
         self._progress = _bar()
         self._task: TaskID | None = None
+        self._search: tuple[TaskID, float, float] | None = None
         self._began = time.monotonic()
         self._first = 0
         self._blocks = 0
@@ -107,6 +108,25 @@ class RunReporter:
             )
         if left == 0:
             self._progress.stop()
+
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        """A bar of its own behind that of the blocks; elsewhere a line a ratio."""
+        if self._search is None:
+            self._progress.stop()
+            self._progress = _bar()
+            self._progress.start()
+            self._search = self._progress.add_task("clip ratios", total=total), done, time.monotonic()
+        task, first, began = self._search
+        self._progress.update(task, completed=done, description=f"clip ratio of {target}")
+        if found and not err.is_terminal:
+            seconds = time.monotonic() - began
+            left = seconds / max(done - first, 1e-9) * (total - done)
+            err.print(
+                f"clip ratio {round(done)}/{total}  {found['target']} {found['ratio']:.5g} (value {found['value']:.5g})"
+                f"  {seconds:.0f} s, about {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def begin_tuning(self, intervals: int, completed: int) -> None:
         self._began, self._first = time.monotonic(), completed

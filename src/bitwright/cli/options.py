@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 ModelOrArtifact = Annotated[str, typer.Argument(help="model or artifact directory")]
-Preset = Annotated[str | None, typer.Option(help="recipe by name: bitwright (default), bwa, rtn, gptq, quarot, wgm")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="recipe by name: bitwright (default), bwa, rtn, gptq, atom, quarot, gbs, billm, wgm"),
+]
 RecipeFile = Annotated[str | None, typer.Option(help="recipe from a JSON file instead")]
 Set = Annotated[list[str], typer.Option("--set", help="recipe option key=value, e.g. weights.feedback=column")]
 Outliers = Annotated[str | None, typer.Option(help="int8 channels: a number or 'auto'")]

@@ -21,6 +21,7 @@ from bitwright.artifact.layout import (
     QUANT_METHOD,
     LayerSpec,
     OuterSpec,
+    cache_clips,
     check_version,
     counted,
     layer_shapes,
@@ -108,6 +109,7 @@ class BitwrightQuantizer(HfQuantizer):
         leave_files(model)
         pack_sites(model)
         if self.recipe.kv is not None:
+            quantized_cache(model, self.recipe)  # here, not at the first token, is where a damaged one is told of
             use_quantized_cache(model, self.recipe)
             use_lean_forward(model)
 
@@ -210,7 +212,10 @@ def quantized_cache(model: Any, recipe: Recipe) -> QuantizedKVCache | None:
     """A fresh cache for one forward pass or conversation, or None where the recipe keeps 16 bits."""
     if recipe.kv is None:
         return None
-    return QuantizedKVCache(model.config.get_text_config(decoder=True).num_hidden_layers, recipe.kv)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    described = getattr(model.config, "quantization_config", None)
+    cache = getattr(described, "cache", None) if isinstance(described, BitwrightConfig) else None
+    return QuantizedKVCache(layers, recipe.kv, cache_clips({"cache": cache}, layers))
 
 
 def use_quantized_cache(model: nn.Module, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitwright.errors import ModelError
@@ -19,12 +19,15 @@ LLAMA = BlockNames(
     writers=("self_attn.o_proj", "mlp.down_proj"),
     value="self_attn.v_proj",
     output="self_attn.o_proj",
+    inner=("mlp.gate_proj", "mlp.up_proj"),
+    last="mlp.down_proj",
 )
+QWEN3 = replace(LLAMA, normed=("self_attn.q_proj", "self_attn.k_proj"))
 KNOWN = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
-    "Qwen3ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": QWEN3,
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,7 +86,12 @@ def read_header(path: Path, error: type[Exception] = ModelError) -> dict[str, An
 
 
 class Checkpoint:
-    """The weights of one model directory: names, shapes and dtypes from headers, values on demand."""
+    """The weights of one model directory: names, shapes and dtypes from headers, values on demand.
+
+    `changes` is what the model's config has in place of what its file says.
+    """
+
+    changes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -136,6 +142,10 @@ class Checkpoint:
                 f"tensor {name} is missing from {self.directory}; the checkpoint is incomplete or of another model"
             )
         return self.tensors[name]
+
+    def elements(self, name: str) -> int:
+        """Numbers that the files hold of a tensor."""
+        return self.info(name).elements
 
     def load(self, names: list[str], dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
         """Values of `names`, copied out of the files, in `dtype` or as stored. NaN and infinity are refused."""

@@ -45,13 +45,16 @@ class Skeleton(Frame):
 
     def _load_config(self) -> Any:
         try:
-            return AutoConfig.from_pretrained(self.checkpoint.directory, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.checkpoint.directory, local_files_only=True)
         except Exception as problem:
             kind = self.checkpoint.config.get("model_type", "missing")
             raise ModelError(
                 f"transformers cannot read the config of {self.checkpoint.directory} (model_type {kind!r}):"
                 f" {first_line(problem)}"
             ) from None
+        for key, value in self.checkpoint.changes.items():
+            setattr(config, key, value)
+        return config
 
     def _build(self) -> Any:
         if getattr(self.config, "is_encoder_decoder", False):

@@ -87,8 +87,9 @@ def solve_block(
     hessians = {name: total.finish() for name, total in sums.items()}
     factors = factorize_sites(job, sites, hessians)
     drifts = {name: input_drift(total.finish_cross(), factors[name]) for name, total in sums.items() if asymmetry}
-    # Where all rows share a table, all are solved together.
-    chunk = ROW_CHUNK if weights_recipe.kind != "shared" else max(info.rows for site in sites for info in site.linears)
+    # Where all rows share a table, or the choice of the salient columns, all are solved together.
+    together = weights_recipe.kind in ("shared", "salient")
+    chunk = max(info.rows for site in sites for info in site.linears) if together else ROW_CHUNK
     tasks = [(site, linear, row) for site in sites for linear in site.linears for row in range(0, linear.rows, chunk)]
 
     def solve(task: tuple[SiteInfo, LinearInfo, int]) -> tuple[Any, float, float, float]:
@@ -125,6 +126,7 @@ def solve_block(
                     "site": site.name,
                     "shape": [linear.rows, linear.columns],
                     "outliers": layer.spec.outliers,
+                    **({} if matrix.salient is None else {"salient": int(matrix.salient_channels().sum())}),
                     "bits": layer.bits_per_weight,
                     "error": sum(part[1] for part in parts) / total if total else 0.0,
                     "damping": factor.damping,

@@ -17,7 +17,8 @@ from bitwright.codebook import group_count
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.pipeline.outer import kept_outer_names, plan_outer
-from bitwright.pipeline.source import Source
+from bitwright.pipeline.source import Source, expand_for
+from bitwright.pipeline.targets import search_notes
 from bitwright.recipe import Recipe, outlier_count
 from bitwright.transforms.hadamard import constructible, largest_block, next_size
 from bitwright.workers import default_threads
@@ -36,6 +37,7 @@ class LayerPlan:
     site: str
     spec: LayerSpec
     shapes: dict[str, Shape]
+    weights: int  # of the model as it is, without zeros that a rotation asks for
 
     @property
     def bytes(self) -> int:
@@ -44,7 +46,7 @@ class LayerPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        return self.bytes * 8 / self.spec.weights
+        return self.bytes * 8 / self.weights
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Plan:
 
     @property
     def linear_weights(self) -> int:
-        return sum(layer.spec.weights for layer in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def linear_bytes(self) -> int:
@@ -98,7 +100,18 @@ class Plan:
         if self.recipe.weights.method != "wgm":
             return None
         table = 16 * 2 ** (self.recipe.weights.bits - 1)
-        return sum(layer.spec.weights + table for layer in self.layers) / self.linear_weights
+        return sum(layer.weights + table for layer in self.layers) / self.linear_weights
+
+    def claimed_after(self, layers: list[dict[str, Any]]) -> float | None:
+        """As `claimed_bits`, from the log of a finished run.
+
+        BiLLM counts one bit for the sign, two in salient columns; how many there are is found on the way.
+        """
+        if self.recipe.weights.method != "billm":
+            return self.claimed_bits
+        signs = sum(entry["shape"][0] * (entry["shape"][1] + entry["salient"]) for entry in layers)
+        outliers = sum(7 * entry["shape"][0] * entry["outliers"] for entry in layers)
+        return (signs + outliers) / self.linear_weights
 
     @property
     def tensor_bytes(self) -> int:
@@ -171,6 +184,7 @@ def plan(model: str | Path, recipe: Recipe, probes: int = 0, threads: int | None
 
 def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int | None = None) -> Plan:
     """As `plan`, for a skeleton at hand. `probes` sequences are carried along for measuring only."""
+    skeleton = expand_for(skeleton, recipe)
     checkpoint = skeleton.checkpoint
     context = context_length(skeleton.config) or 2048
     length = min(2048, context) if recipe.calibration.length == "auto" else recipe.calibration.length
@@ -213,13 +227,13 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         kept=kept,
         shards=tuple(shards),
         original_bytes=sum((checkpoint.directory / file).stat().st_size for file in checkpoint.files),
-        parameters=sum(checkpoint.tensors[name].elements for name in names),
+        parameters=sum(checkpoint.elements(name) for name in names),
         length=length,
         context=context,
         peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
         work_disk=_work_disk(skeleton, shards, layers, recipe, sequences, length),
         ignored=tuple(skeleton.ignored),
-        notes=tuple(source.notes()),
+        notes=(*source.notes(), *search_notes(skeleton, recipe)),
         unties=source.unties,
         outer=outer,
     )
@@ -252,7 +266,8 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) 
                 stride=stride,
             )
             dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
-            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype)))
+            weights = skeleton.checkpoint.elements(f"{name}.weight")
+            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype), weights))
     return layers
 
 
@@ -305,6 +320,8 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
             values = sum(_tuned_bytes(layer, recipe) for layer in own)
             gradients = threads * weights + (recipe.tune.batch + 1) * values
             worst = max(worst, 2 * weights + passing + gradients + 3 * values)
+    if recipe.search.method != "none":
+        worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
 
 

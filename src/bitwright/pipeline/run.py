@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bitwright
 from bitwright.artifact.card import write_card
-from bitwright.artifact.layout import FORMAT_VERSION, OUTER, QUANT_METHOD, requirements
+from bitwright.artifact.layout import FORMAT_VERSION, QUANT_METHOD, requirements
 from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
 from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
@@ -30,7 +30,9 @@ from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.reporter import Reporter as Reporter
 from bitwright.pipeline.reporter import Silent as Silent
-from bitwright.pipeline.source import Source
+from bitwright.pipeline.search import PackedBlocks, Ratios
+from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows, with_ratios
+from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
 from bitwright.pipeline.tune import Progress, Tuner, solved_name
@@ -118,8 +120,8 @@ class _Run:
     ) -> None:
         self.recipe, self.calibration, self.evaluation = recipe, calibration, evaluation
         self.restart, self.reporter, self.threads = restart, reporter, threads
-        self.checkpoint = Checkpoint(model)
-        self.skeleton = Skeleton(self.checkpoint)
+        self.skeleton = expand_for(Skeleton(Checkpoint(model)), recipe)
+        self.checkpoint = self.skeleton.checkpoint
         self.source = Source(self.skeleton, recipe)
         self.plan = plan_for(self.skeleton, recipe, 0, threads)
         self.output = Path(output).absolute()
@@ -129,6 +131,7 @@ class _Run:
         tokens = tokenize(tokenizer, calibration, text_config.vocab_size)
         asked, length = recipe.calibration, self.plan.length
         self.windows = random_windows(tokens, asked.sequences, length, asked.seed, calibration)
+        self.searching = Searching(recipe, tokens, length, calibration)
         self.probes = 0
         if evaluation is not None:
             held_out = tokenize(tokenizer, evaluation, text_config.vocab_size)
@@ -154,7 +157,7 @@ class _Run:
                 self.directory.restart()
             state = self.directory.load()
             if state is None:
-                check_disk(self.plan.work_disk, self.directory.path)
+                check_disk(self.plan.work_disk + self.searching.disk(self.skeleton.width), self.directory.path)
             else:
                 self.directory.check(state, facts)
                 self.directory.clean(state)
@@ -170,9 +173,10 @@ class _Run:
                     self._do_block(state, calls[state.completed], workers)
                 if self.recipe.tune is not None:
                     self._tune(state, calls, workers)
+                ratios = self._search(state, calls, workers)
                 streams = {role: self._stream(state, role) for role in ("full", "quantized")}
                 measured = measure(self.source, self.plan, streams, self.windows, workers)
-            self._finish(state, facts, measured)
+            self._finish(state, facts, measured, ratios)
             self._write_log(state)
             self.directory.publish()
         return Quantized(self.output, self.plan, state.log, measured, self._summary(state).get("tuning"))
@@ -239,12 +243,7 @@ class _Run:
 
     def _embedded(self, name: str, values: dict[str, Tensor]) -> str:
         """Write the hidden states before block 0 into the stream file `name`."""
-        target = Stream.create(self.directory.path / name, self._shape())
-        # The model's own forward is not safe for several threads while its blocks are replaced: one after the other.
-        for index in range(len(self.windows)):
-            hidden, _ = embed(self.skeleton, values, self.windows[index : index + 1])[0]
-            target.write(index, hidden)
-        target.finish()
+        embed_windows(self.skeleton, values, self.windows, self.directory.path / name)
         return name
 
     def _calls(self, values: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -280,7 +279,7 @@ class _Run:
             block=block,
             sites=self.skeleton.sites(index),
             layers={layer.name: layer for layer in self.plan.layers_of(index)},
-            recipe=self.recipe,
+            recipe=self.searching.solving,
             calls=call,
             sequences=self.recipe.calibration.sequences,
             workers=workers,
@@ -372,7 +371,29 @@ class _Run:
         state.stream_sha256 = {role: digests[name] for role, name in state.streams.items()}
         self.directory.save(state)
 
-    def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any]) -> None:
+    def _search(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> Ratios:
+        """Clip ratios of everything, and the quantized stream as it is with them; nothing where none are asked for."""
+        if not self.searching.asked:
+            return {}
+        stage = SearchStage(
+            PackedBlocks(self.skeleton, self.plan, self.directory.artifact, calls, workers),
+            self.searching,
+            lambda part: with_outer_quantized(self.skeleton, self.source.outer(part), self.plan.outer),
+            self.directory.path,
+            state.search,
+            self.reporter.searching,
+            lambda: self.directory.save(state),
+        )
+        ratios = stage.ratios()
+        if state.streams["quantized"] != FINAL:
+            old = state.streams["quantized"]
+            stage.apply(ratios, self.windows, self.directory.path / FINAL)
+            state.streams = {**state.streams, "quantized": FINAL}
+            self._seal(state)
+            (self.directory.path / old).unlink()
+        return ratios
+
+    def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any], ratios: Ratios) -> None:
         """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
         directory = self.directory.artifact
         for pattern in CARRIED:
@@ -386,18 +407,26 @@ class _Run:
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "requires": requirements(layer.spec for layer in self.plan.layers) + ([OUTER] if self.plan.outer else []),
+            "requires": requirements(
+                (layer.spec for layer in self.plan.layers),
+                outer=bool(self.plan.outer),
+                symmetric_inputs=self.recipe.activations is not None and self.recipe.activations.symmetric,
+                clips=bool(ratios),
+            ),
             "recipe": self.recipe.to_dict(),
             "layers": {layer.name: layer.spec.to_dict() for layer in self.plan.layers},
         }
+        if ratios:
+            config["quantization_config"].update(with_ratios(self.skeleton, self.plan, ratios))
         if self.plan.outer:
             config["quantization_config"]["outer"] = {name: spec.to_dict() for name, spec in self.plan.outer.items()}
         write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
         write_index(directory, state.shards, self.plan.tensor_bytes)
         layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
-        tuning = self._summary(state)
-        write_card(directory, self.plan, layers, measured, facts, tuning.get("tuning"))
-        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **tuning})
+        found: dict[str, Any] = {"search": state.search} if ratios else {}
+        found.update(self._summary(state))
+        write_card(directory, self.plan, layers, measured, facts, state.search, found.get("tuning"))
+        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **found})
 
     def _write_log(self, state: RunState) -> None:
         entries = [*state.log, *([self._summary(state)] if state.tuning else [])]

@@ -16,9 +16,17 @@ from bitwright.artifact.layout import Shape
 from bitwright.artifact.shards import TORCH_DTYPES
 from bitwright.models import SiteInfo, Skeleton
 from bitwright.models.anatomy import anatomy
+from bitwright.models.expanded import ExpandedCheckpoint, expanded
 from bitwright.recipe import Recipe
 from bitwright.transforms.hadamard import constructible, largest_block
 from bitwright.transforms.rotation import Rotation
+
+
+def expand_for(skeleton: Skeleton, recipe: Recipe) -> Skeleton:
+    """The model with as many channels as the recipe asks for. Raises ModelError as models.expanded does."""
+    kind = recipe.transform.expansion
+    return skeleton if kind == "none" else expanded(skeleton, kind)
+
 
 Part = Literal["all", "before", "after"]
 
@@ -107,7 +115,13 @@ class Source:
         """What a rotation does beyond the usual, in sentences for the plan."""
         if not self.rotates:
             return []
-        known, notes = self.anatomy, []
+        known, notes = self.anatomy, list[str]()
+        if isinstance(self.checkpoint, ExpandedCheckpoint):
+            by = self.checkpoint.by
+            more = sum(i.elements - self.checkpoint.elements(name) for name, i in self.checkpoint.tensors.items())
+            sizes = (("width", by.width, by.wide), ("intermediate size", by.inner, by.wider))
+            grown = " and ".join(f"the {what} from {old} to {new}" for what, old, new in sizes if old != new)
+            notes.append(f"zeros expand {grown}: {more:,} weights more, stored and counted as bits of the others")
         if self.unties:
             dtype, shape = self.outer_shapes()[self._head]
             notes.append(

@@ -105,4 +105,4 @@ class StraightKVCache(QuantizedKVCache):
 
     def __init__(self, layers: int, kv: KVRecipe) -> None:
         super().__init__(layers, kv)
-        self.layers = [_StraightKVLayer(kv.bits, kv.hadamard) for _ in range(layers)]
+        self.layers = [_StraightKVLayer(kv.bits, kv.hadamard, kv.clip) for _ in range(layers)]

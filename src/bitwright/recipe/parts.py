@@ -21,16 +21,17 @@ class Part(BaseModel):
 class WeightRecipe(Part):
     """How the weights of a linear layer become codes, levels and int8 outlier columns (BWA, sections 2.1 to 2.3)."""
 
-    method: Literal["bwa", "rtn", "gptq", "wgm"] = "bwa"
+    method: Literal["bwa", "rtn", "gptq", "wgm", "billm"] = "bwa"
     bits: int = Field(
         2, ge=1, le=8, description="bits of a code; 2 is the paper's 1+1; above 4 for wgm and uniform levels"
     )
     group: int = Field(128, ge=0, le=4096, description="input channels that share a codebook; 0: a whole row")
-    levels: Literal["em", "dp", "minmax", "uniform", "windowed", "greedy"] = Field(
+    levels: Literal["em", "dp", "minmax", "uniform", "windowed", "greedy", "split"] = Field(
         "em",
         description="em: weighted Lloyd iterations (paper); dp: the exact optimum; minmax: equally spaced between the"
         " extremes of the group; uniform: round-to-nearest grid with a zero point; windowed, greedy: neighbouring"
-        " magnitudes of the whole matrix merged (WGM algorithms 3 and 2), with dp the choices of method wgm",
+        " magnitudes of the whole matrix merged (WGM algorithms 3 and 2), with dp the choices of method wgm; split: two"
+        " signed magnitudes on either side of a break point, two in sum in salient columns (method billm)",
     )
     em_iterations: int = Field(20, ge=1, le=1000)
     window: int = Field(512, ge=1, description="sorted magnitudes that merging starts from, levels = windowed")
@@ -40,6 +41,9 @@ class WeightRecipe(Part):
     symmetric: bool = Field(False, description="levels = uniform: the range is -max..max, and no zero point is stored")
     range: Literal["minmax", "mse"] = Field(
         "minmax", description="levels = uniform: the grid spans the extremes, or the share of them that errs least"
+    )
+    clip: float = Field(
+        1.0, gt=0.0, le=1.0, description="levels = uniform: share of the range that the grid spans; 1 with range = mse"
     )
     importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
@@ -84,24 +88,37 @@ class WeightRecipe(Part):
                 f"method 'wgm' has no levels = '{self.levels}' with feedback = '{self.feedback}';"
                 " write levels = 'windowed', 'greedy' or 'dp' and feedback = 'none'"
             )
+        splits = self.levels == "split" and self.feedback != "column"
+        if self.method == "billm" and not (splits and self.bits == 2):
+            raise ValueError(
+                f"method 'billm' has no levels = '{self.levels}' with feedback = '{self.feedback}'"
+                f" and bits = {self.bits}; write levels = 'split', bits = 2"
+                " and feedback = 'block-diag', 'block-tri' or 'none'"
+            )
+        if self.method != "billm" and self.levels == "split":
+            raise ValueError("levels = 'split' is for method 'billm' alone; write levels = 'em' or 'dp'")
         if self.method != "wgm" and merging:
             raise ValueError(f"levels = '{self.levels}' is for method 'wgm' alone; write levels = 'em' or 'dp'")
         if self.method != "wgm" and self.levels != "uniform" and self.bits > 4:
             raise ValueError(
                 f"bits = {self.bits} is for method 'wgm' and levels = 'uniform' alone; write a number from 1 to 4"
             )
-        if self.levels != "uniform" and (self.symmetric or self.range != "minmax"):
-            key = "symmetric" if self.symmetric else "range"
+        if self.levels != "uniform" and (self.symmetric or self.range != "minmax" or self.clip != 1.0):
+            key = "symmetric" if self.symmetric else "range" if self.range != "minmax" else "clip"
             raise ValueError(f"{key} is for levels = 'uniform' alone; leave it out with levels = '{self.levels}'")
+        if self.clip != 1.0 and self.range != "minmax":
+            raise ValueError(f"clip = {self.clip} is what range = '{self.range}' searches for; write clip = 1")
         if self.refine and self.kind != "free":
             raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
         return self
 
     @property
-    def kind(self) -> Literal["free", "uniform", "symmetric", "shared"]:
+    def kind(self) -> Literal["free", "uniform", "symmetric", "shared", "salient"]:
         """The kind of codebook that this makes (bitwright.codebook)."""
         if self.method == "wgm":
             return "shared"
+        if self.method == "billm":
+            return "salient"
         if self.levels != "uniform":
             return "free"
         return "symmetric" if self.symmetric else "uniform"
@@ -121,35 +138,70 @@ class TransformRecipe(Part):
         "none", description="quarot: residual stream, heads and the inputs of the last products in a Hadamard basis"
     )
     seed: int = Field(0, ge=0, description="of the random signs of a rotation")
+    expansion: Literal["none", "hadamard", "power"] = Field(
+        "none",
+        description="width and intermediate size filled up with zeros: to the next that has a Hadamard matrix, or to a"
+        " power of two (GBS)",
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> TransformRecipe:
+        if self.expansion != "none" and self.rotation == "none":
+            raise ValueError(
+                f"expansion = '{self.expansion}' is for rotations; write rotation = 'quarot' or expansion = 'none'"
+            )
         if self.rotation != "none" and self.hadamard != "none":
             raise ValueError("a rotation has transforms of its own; write hadamard = 'none' or rotation = 'none'")
         return self
 
 
 class ActivationRecipe(Part):
-    """The dynamic 4-bit quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
+    """The dynamic quantizer of a site's input, one scale and zero point a token and group (BWA, eq. 3, 4, 10)."""
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     balance: Literal["support", "literal", "none"] = Field(
         "support", description="free plane scales: averaged over the plane's support, over all positions, or not at all"
     )
     clip: float = Field(1.0, gt=0.0, le=1.0, description="share of the range min..max that the codes span")
+    symmetric: bool = Field(False, description="the range is -max..max of the magnitudes, without a zero point (Atom)")
 
     @model_validator(mode="after")
     def _goes_together(self) -> ActivationRecipe:
         if self.bits != 4 and self.balance != "none":
-            raise ValueError("balance is defined for 4 planes only; write balance = 'none' with bits = 8")
+            raise ValueError(f"balance is defined for 4 planes only; write balance = 'none' with bits = {self.bits}")
+        if self.symmetric and self.balance != "none":
+            raise ValueError("balance is for codes with a zero point; write balance = 'none' with symmetric = true")
         return self
 
 
 class KVRecipe(Part):
     """The key-value cache: asymmetric, one scale and minimum a token and head."""
 
-    bits: Literal[4, 8] = 4
+    bits: int = Field(4, ge=2, le=8)
     hadamard: bool = Field(False, description="keys are cached times a Hadamard matrix, after RoPE (QuaRot)")
+    clip: float = Field(1.0, gt=0.0, le=1.0, description="share of the range min..max that the codes span")
+
+
+class SearchRecipe(Part):
+    """A search for clip ratios of activations, a site, and of the cache, a layer, once all weights are solved (GBS)."""
+
+    method: Literal["none", "gbs", "golden", "grid", "global"] = Field(
+        "none",
+        description="gbs: the paper's alternating halving; golden: golden section; grid: 16 ratios from 1 down to 0.25;"
+        " global: one of five ratios for everything",
+    )
+    objective: Literal["perplexity", "output"] = Field(
+        "perplexity",
+        description="perplexity of the model so far, or the error of what a site's linears and a layer's cache make",
+    )
+    iterations: int = Field(10, ge=1, le=100, description="of gbs and golden: evaluations behind the first one")
+    share: float = Field(0.1, gt=0.0, le=1.0, description="of the calibration text's tokens, from its start")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SearchRecipe:
+        if self.method == "global" and self.objective != "perplexity":
+            raise ValueError("method 'global' goes by perplexity alone; write objective = 'perplexity'")
+        return self
 
 
 class CalibrationRecipe(Part):

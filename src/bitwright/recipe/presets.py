@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from bitwright.errors import RecipeError
-from bitwright.recipe.parts import ActivationRecipe, CalibrationRecipe, KVRecipe, TransformRecipe, WeightRecipe
+from bitwright.recipe.parts import (
+    ActivationRecipe,
+    CalibrationRecipe,
+    KVRecipe,
+    SearchRecipe,
+    TransformRecipe,
+    WeightRecipe,
+)
 from bitwright.recipe.whole import Recipe
 
 # What is used where no preset is named.
@@ -50,6 +57,45 @@ PRESETS: dict[str, Recipe] = {
         transform=TransformRecipe(rotation="quarot"),
         activations=ActivationRecipe(balance="none", clip=0.9),
         kv=KVRecipe(hadamard=True),
+    ),
+    # Weights alone, in the order of the model, as the paper; blocks of 128 columns.
+    "billm": Recipe(
+        name="billm",
+        weights=WeightRecipe(method="billm", levels="split", order="none", outliers=0),
+        activations=None,
+        kv=None,
+    ),
+    # W4A4KV4 on symmetric grids with the clips of its code, groups of 128, int8 outliers behind the sorted channels.
+    "atom": Recipe(
+        name="atom",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=4,
+            levels="uniform",
+            symmetric=True,
+            clip=0.85,
+            feedback="column",
+            importance="none",
+        ),
+        activations=ActivationRecipe(balance="none", clip=0.9, symmetric=True),
+    ),
+    # W3A3KV3: as quarot, with grids that err least, sizes expanded where they must be, and clip ratios searched.
+    "gbs": Recipe(
+        name="gbs",
+        weights=WeightRecipe(
+            method="gptq",
+            bits=3,
+            levels="uniform",
+            range="mse",
+            feedback="column",
+            importance="none",
+            order="none",
+            outliers=0,
+        ),
+        transform=TransformRecipe(rotation="quarot", expansion="hadamard"),
+        activations=ActivationRecipe(bits=3, balance="none"),
+        kv=KVRecipe(bits=3, hadamard=True),
+        search=SearchRecipe(method="gbs"),
     ),
     # Weights alone, as the paper: 32 groups a matrix. What moves channels or reads a Hessian is off.
     "wgm": Recipe(

@@ -22,6 +22,7 @@ from bitwright.recipe.parts import (
     KVRecipe,
     OuterRecipe,
     Part,
+    SearchRecipe,
     TransformRecipe,
     TuneRecipe,
     WeightRecipe,
@@ -38,6 +39,7 @@ class Recipe(Part):
     kv: KVRecipe | None = KVRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     outer: OuterRecipe = OuterRecipe()
+    search: SearchRecipe = SearchRecipe()
     tune: TuneRecipe | None = None
 
     @model_validator(mode="after")
@@ -52,16 +54,27 @@ class Recipe(Part):
                 f"transform.rotation = '{self.transform.rotation}' is not made for an embedding or head in integers;"
                 " write outer.embedding = 16 and outer.head = 16"
             )
+        if self.search.method != "none" and self.activations is None and self.kv is None:
+            raise ValueError(
+                f"search.method = '{self.search.method}' has nothing to look for with activations and kv off;"
+                " write search.method = 'none' or turn one of them on"
+            )
         return self
 
     @model_validator(mode="after")
     def _can_be_tuned(self) -> Recipe:
         if self.tune is None:
             return self
-        if self.weights.kind == "shared":
+        if self.weights.kind in ("shared", "salient"):
+            what = "one table for a matrix" if self.weights.kind == "shared" else "two codebooks a group"
             raise ValueError(
-                f"tune is for levels of rows and groups, and method '{self.weights.method}' has one table for a"
-                " matrix; write tune = none"
+                f"tune is for one codebook a row and group, and method '{self.weights.method}' has {what};"
+                " write tune = none"
+            )
+        if self.search.method != "none":
+            raise ValueError(
+                f"tune and search.method = '{self.search.method}' each start from the solved model;"
+                " write tune = none or search.method = 'none'"
             )
         if self.tune.codes and self.weights.kind != "free":
             raise ValueError(
@@ -72,11 +85,20 @@ class Recipe(Part):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it. `outer` is left out where it keeps everything, `tune` where there is none: artifacts without
-        them read as ever."""
+        """As JSON has it. What came later is left out where it does nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")
         if self.outer.embedding == self.outer.head == 16:
             del data["outer"]
+        if self.weights.clip == 1.0:
+            del data["weights"]["clip"]
+        if self.activations is not None and not self.activations.symmetric:
+            del data["activations"]["symmetric"]
+        if self.search.method == "none":
+            del data["search"]
+        if self.transform.expansion == "none":
+            del data["transform"]["expansion"]
+        if self.kv is not None and self.kv.clip == 1.0:
+            del data["kv"]["clip"]
         if self.tune is None:
             del data["tune"]
         return data

@@ -77,6 +77,11 @@ class _Clock:
     def advance(self, fraction: float) -> None:
         self._behind.advance(fraction)
 
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        if found:
+            self.lap()
+        self._behind.searching(target, done, total, found)
+
     def note(self, message: str) -> None:
         self._behind.note(message)
 
@@ -270,7 +275,7 @@ class Comparison:
             counts = sorted({layer.spec.outliers for layer in made.layers})
             return row | {
                 "linear_bits": made.linear_bits,
-                "claimed_bits": made.claimed_bits,
+                "claimed_bits": made.claimed_after(row["layers"]),
                 "model_bits": made.model_bits,
                 "bytes": made.total_bytes,
                 "outliers": [counts[0], counts[-1]],

@@ -43,7 +43,20 @@ class Grid:
 
 
 def _table1(_: int) -> list[tuple[str, str]]:
-    return [(name, name) for name in (ORIGINAL, "rtn", "gptq", "billm", "quarot", "atom", "bwa")]
+    """Weights and inputs as the paper has them; activations without balanced planes but in preset bwa."""
+    plain = 'activations={"balance":"none"},kv={}'
+    return [
+        (ORIGINAL, ORIGINAL),
+        ("QuaRot W4A4", "quarot"),
+        ("Atom W4A4", "atom"),
+        ("RTN W2A4", "rtn:activations.balance=none"),
+        ("GPTQ W2A4", f"gptq:weights.bits=2,{plain}"),
+        ("QuaRot W2A4", "quarot:weights.bits=2"),
+        ("Atom W2A4", "atom:weights.bits=2"),
+        ("BiLLM W(1+1)A16", "billm"),
+        ("BiLLM W(1+1)A4", f"billm:{plain}"),
+        ("BWA W(1+1)A(1x4)", "bwa"),
+    ]
 
 
 # Preset bwa taken apart; docs/methods.md says what each option is.

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.activations import quantize_groups, quantize_outliers
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.ops import check_inputs, cut
+from bitwright.runtime.ops import check_inputs, cut, share
 from bitwright.runtime.schemas import kernel
 from bitwright.runtime.tiles import Geometry
 
@@ -23,7 +23,7 @@ BITS: Final = 4
 
 @kernel("quantize_site")
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float
+    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x fp32 [..., columns] in the model's channel order -> its 4-bit integers, channels in site order.
 
@@ -38,8 +38,8 @@ def _quantize_site(
     bits) fp32 cannot hold z - 15, and the two may differ in the last bit. A group with a value that is not finite has
     step NaN and codes 0, as have the outliers of such a token.
 
-    `order` is int32 [columns], the channel that stands at each place of the site order, or None; `clip` as in
-    ActivationRecipe. Raises ValueError for what does not fit.
+    `order` is int32 [columns], the channel that stands at each place of the site order, or None; `clip` and `symmetric`
+    as in ActivationRecipe (symmetric: z is 8 and rest 0). Raises ValueError for what does not fit.
     """
     columns = x.shape[-1] if x.dim() else 0
     if not 0 <= outliers < columns or group < 1:
@@ -47,7 +47,12 @@ def _quantize_site(
     check_inputs(x, order, columns)
     geometry, batch = Geometry(0, columns, outliers, group), x.shape[:-1]
     quantize = _reference if native() is None else _native
-    codes, step, rest, outlier_codes, outlier_step = quantize(x.reshape(-1, columns), order, geometry, clip)
+    codes, step, rest, outlier_codes, outlier_step = quantize(
+        x.reshape(-1, columns),
+        order,
+        geometry,
+        ActivationRecipe(bits=BITS, balance="none", clip=clip, symmetric=symmetric),
+    )
     return (
         codes.reshape(*batch, geometry.normal),
         step.reshape(*batch, geometry.groups),
@@ -57,7 +62,7 @@ def _quantize_site(
     )
 
 
-def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float) -> tuple[Tensor, ...]:
+def _native(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: ActivationRecipe) -> tuple[Tensor, ...]:
     """x [tokens, columns]; the kernels keep what belongs to a group together, [groups, tokens, ...]."""
     x = x.contiguous()
     order = None if order is None else order.contiguous()
@@ -74,8 +79,9 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float) ->
         geometry.outliers,
         geometry.group,
         0 if order is None else order.data_ptr(),
-        cut(clip),
+        cut(recipe.clip),
         BITS,
+        share(recipe.clip, recipe.symmetric),
         *(part.data_ptr() for part in (codes, step, rest, shift, outlier_codes, outlier_step, outlier_shift)),
         torch.get_num_threads(),
     )
@@ -84,12 +90,12 @@ def _native(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float) ->
     return tuple(part.contiguous() for part in parts)
 
 
-def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, clip: float) -> tuple[Tensor, ...]:
+def _reference(x: Tensor, order: Tensor | None, geometry: Geometry, recipe: ActivationRecipe) -> tuple[Tensor, ...]:
     """The same in torch, bit for bit."""
     if order is not None:
         x = x.index_select(1, order.to(torch.int64))
     normal, outliers = x.split([geometry.normal, geometry.outliers], dim=1)
-    found = quantize_groups(normal, geometry.group, ActivationRecipe(bits=BITS, balance="none", clip=clip))
+    found = quantize_groups(normal, geometry.group, recipe)
     filled = torch.nn.functional.pad(normal, (0, geometry.groups * geometry.group - geometry.normal))
     finite = filled.unflatten(1, (geometry.groups, -1)).isfinite().all(dim=-1, keepdim=True)
     inside = found.zero.clamp(0, 2**BITS - 1)

@@ -17,8 +17,8 @@ from bitwright.runtime.schemas import kernel, require_float32
 
 
 def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8; found {bits}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8; found {bits}")
     expected = record_bytes(head_dim, bits)
     if records.dtype != torch.uint8 or records.dim() != 3 or records.shape[2] != expected:
         raise ValueError(
@@ -29,13 +29,18 @@ def _check_records(name: str, records: Tensor, head_dim: int, bits: int) -> None
         raise ValueError(f"{name} must be contiguous")
 
 
+def _check_clip(clip: float) -> None:
+    if not 0.0 < clip <= 1.0:
+        raise ValueError(f"clip must be above 0 and at most 1; found {clip}")
+
+
 def _check_states(name: str, states: Tensor) -> None:
     if states.dtype != torch.float32 or states.dim() != 3 or states.shape[2] < 1:
         raise ValueError(f"{name} must be float32 [heads, tokens, head_dim]; found {states.dtype} {list(states.shape)}")
 
 
 @kernel("kv_append")
-def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -> None:
+def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int, clip: float = 1.0) -> None:
     """states fp32 [heads, new, head_dim] -> records [:, position : position + new], in place.
 
     The bytes are those of kv_cache.encode. `states` may be a transposed view, as long as head_dim is contiguous.
@@ -48,9 +53,10 @@ def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -
             f"states of {heads} heads and {tokens} tokens do not fit at position {position} of"
             f" {records.shape[0]} heads and a capacity of {records.shape[1]}"
         )
+    _check_clip(clip)
     module = native()
     if module is None:
-        records[:, position : position + tokens] = encode(states, bits)
+        records[:, position : position + tokens] = encode(states, bits, clip)
         return
     if states.stride(2) != 1:
         states = states.contiguous()
@@ -65,6 +71,7 @@ def kv_append_eager(records: Tensor, states: Tensor, position: int, bits: int) -
         records.shape[1],
         head_dim,
         bits,
+        (1.0 - clip) / 2.0,
         torch.get_num_threads(),
     )
 
@@ -152,6 +159,7 @@ def attention_step_eager(
     scale: float,
     window: int,
     bits: int,
+    clip: float = 1.0,
 ) -> Tensor:
     """All that a decode step does between the projections of a block: rope, kv_append twice, kv_attention, in one call.
 
@@ -176,14 +184,15 @@ def attention_step_eager(
         raise ValueError(f"x of {x.shape[1]} columns has no {heads} heads of {head_dim} at {key} and {value}")
     if position < 0 or position + tokens > capacity or window < 0:
         raise ValueError(f"{tokens} tokens at {position}, window {window}, do not fit a capacity of {capacity}")
+    _check_clip(clip)
     module = native()
     if module is None:
         q, k, v = (
             x[:, at : at + count * head_dim].unflatten(1, (-1, head_dim))
             for at, count in ((0, query_heads), (key, heads), (value, heads))
         )
-        kv_append_eager(keys, rope_eager(k, cos, sin).transpose(0, 1), position, bits)
-        kv_append_eager(values, v.transpose(0, 1), position, bits)
+        kv_append_eager(keys, rope_eager(k, cos, sin).transpose(0, 1), position, bits, clip)
+        kv_append_eager(values, v.transpose(0, 1), position, bits, clip)
         q, length = rope_eager(q, cos, sin).transpose(0, 1), position + tokens
         return _kv_attention_reference(q, keys, values, length, scale, window, bits)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
@@ -205,6 +214,7 @@ def attention_step_eager(
             head_dim,
             bits,
             position,
+            (1.0 - clip) / 2.0,
             window,
             scale,
             y.data_ptr(),

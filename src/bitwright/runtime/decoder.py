@@ -131,15 +131,15 @@ class Block:
             _, key, value = self.attn_in.parts
             places = (self.query_heads, key.start, value.start)
             mixed = attention_step_eager(
-                made, cos, sin, keys, values, position, *places, self.scale, self.window, cache.bits
+                made, cos, sin, keys, values, position, *places, self.scale, self.window, cache.bits, cache.clip
             )
             return self.attn_out(mixed.view(tokens, -1))
         q, k, v = (made[:, part].unflatten(1, (-1, self.head_dim)) for part in self.attn_in.parts)
         if self.head_norms is not None:
             q, k = (norm(states) for norm, states in zip(self.head_norms, (q, k), strict=True))
         q, k = cache.turned(rope_eager(q, cos, sin)), cache.turned(rope_eager(k, cos, sin))
-        kv_append_eager(keys, k.transpose(0, 1), position, cache.bits)
-        kv_append_eager(values, v.transpose(0, 1), position, cache.bits)
+        kv_append_eager(keys, k.transpose(0, 1), position, cache.bits, cache.clip)
+        kv_append_eager(values, v.transpose(0, 1), position, cache.bits, cache.clip)
         length = position + tokens
         mixed = kv_attention_eager(q.transpose(0, 1), keys, values, length, self.scale, self.window, cache.bits)
         return self.attn_out(mixed.flatten(1))

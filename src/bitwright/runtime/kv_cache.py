@@ -7,9 +7,10 @@ than the attention. RoPE turns pairs of channels by the same angle, so the range
 Keys may be cached times a Hadamard matrix, which spreads what a few channels hold over all of them (QuaRot, section 4:
 attention is the same where the queries are turned, too, or the keys back).
 
-A token's record for one head is bytes: the codes, two to a byte at 4 bits (channel 2 j in the low nibble), then scale
-and minimum as fp16. Because a record is one row of a uint8 tensor, everything that transformers does to a dynamic cache
-(crop, beam reordering, batch selection, offloading) works on it unchanged.
+A token's record for one head is bytes: the codes one behind the other, least significant bit first, without gaps (at 4
+bits two to a byte, channel 2 j in the low nibble), then scale and minimum as fp16. Because a record is one row of a
+uint8 tensor, everything that transformers does to a dynamic cache (crop, beam reordering, batch selection, offloading)
+works on it unchanged.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ def record_bytes(head_dim: int, bits: int) -> int:
     return (head_dim * bits + 7) // 8 + 4
 
 
-def encode(states: Tensor, bits: int) -> Tensor:
-    """Float [..., head_dim] -> uint8 records [..., bytes]."""
+def encode(states: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Float [..., head_dim] -> uint8 records [..., bytes]; the codes span the share `clip` of a record's range."""
     x = states.to(torch.float32).clamp(-_FP16_MAX, _FP16_MAX)
     top = 2**bits - 1
+    lowest, highest = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    if clip != 1.0:
+        cut = (highest - lowest) * ((1.0 - clip) / 2.0)
+        lowest, highest = lowest + cut, highest - cut
     # Plus zero: of two zeros the smallest value may be either, and the bytes should not depend on it.
-    low = x.amin(dim=-1, keepdim=True).to(torch.float16) + 0.0
-    span = x.amax(dim=-1, keepdim=True) - low.float()
+    low = lowest.to(torch.float16) + 0.0
+    span = highest - low.float()
     scale = (span / top).clamp_min(6e-8).to(torch.float16)
     codes = torch.round((x - low.float()) / scale.float()).clamp(0, top).to(torch.uint8)
-    if bits == 4:
-        if codes.shape[-1] % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    codes = _packed(codes, bits)
     # Cloned, not contiguous(): of no tokens at all, that keeps strides which cannot be viewed as bytes.
     parameters = [part.clone(memory_format=torch.contiguous_format).view(torch.uint8) for part in (scale, low)]
     return torch.cat([codes, *parameters], dim=-1)
@@ -56,9 +58,35 @@ def decode(records: Tensor, head_dim: int, bits: int, dtype: torch.dtype) -> Ten
     # Copied also where it is contiguous, as in a single record: there it may begin at an odd byte.
     tail = records[..., -4:].clone(memory_format=torch.contiguous_format)
     codes, parameters = records[..., :-4], tail.view(torch.float16).float()
-    if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :head_dim]
+    codes = _unpacked(codes, head_dim, bits)
     return (codes.float() * parameters[..., 0:1] + parameters[..., 1:2]).to(dtype)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., channels] -> uint8 [..., ceil(channels * bits / 8)]: code i from bit i * bits on."""
+    if bits == 8:
+        return codes
+    size = (codes.shape[-1] * bits + 7) // 8
+    if bits == 4:
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    # Eight codes fill `bits` whole bytes.
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.int64)
+    words = (eights << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(dim=-1, keepdim=True)
+    whole = words >> torch.arange(0, 8 * bits, 8, device=codes.device)
+    return (whole & 255).to(torch.uint8).flatten(-2)[..., :size]
+
+
+def _unpacked(packed: Tensor, channels: int, bits: int) -> Tensor:
+    """Undoes `_packed`."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :channels]
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).to(torch.int64)
+    words = (padded << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(dim=-1, keepdim=True)
+    codes = words >> torch.arange(0, 8 * bits, bits, device=packed.device)
+    return (codes & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :channels]
 
 
 class _Records:
@@ -103,9 +131,9 @@ class _Records:
 class QuantizedKVLayer(DynamicLayer):
     """One layer of the cache; `keys` and `values` hold uint8 records [batch, heads, tokens, bytes]."""
 
-    def __init__(self, bits: int = 4, hadamard: bool = False, **kwargs: Any) -> None:
+    def __init__(self, bits: int = 4, hadamard: bool = False, clip: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bits, self.hadamard = bits, hadamard
+        self.bits, self.hadamard, self.clip = bits, hadamard, clip
         self._key_records, self._value_records = _Records(), _Records()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -119,8 +147,8 @@ class QuantizedKVLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self._key_records.append(self.keys, encode(self.turned(key_states), self.bits))
-        self.values = self._value_records.append(self.values, encode(value_states, self.bits))
+        self.keys = self._key_records.append(self.keys, encode(self.turned(key_states), self.bits, self.clip))
+        self.values = self._value_records.append(self.values, encode(value_states, self.bits, self.clip))
 
     def turned(self, states: Tensor) -> Tensor:
         """Keys [..., head_dim] as they are cached: where the recipe says so, times the largest Hadamard matrix whose
@@ -159,10 +187,14 @@ class QuantizedKVLayer(DynamicLayer):
 
 
 class QuantizedKVCache(Cache):
-    """A cache for `past_key_values`, with a layer of `kv.bits` bits for each of the model's `layers` decoder blocks."""
+    """A cache for `past_key_values`, with a layer of `kv.bits` bits for each of the model's `layers` decoder blocks.
 
-    def __init__(self, layers: int, kv: KVRecipe) -> None:
-        super().__init__(layers=[QuantizedKVLayer(kv.bits, kv.hadamard) for _ in range(layers)])
+    `clips` gives each layer a clip ratio of its own, in place of `kv.clip`.
+    """
+
+    def __init__(self, layers: int, kv: KVRecipe, clips: Sequence[float] | None = None) -> None:
+        ratios = [kv.clip] * layers if clips is None else clips
+        super().__init__(layers=[QuantizedKVLayer(kv.bits, kv.hadamard, ratio) for ratio in ratios])
 
     def stored_bytes(self) -> int:
         """Bytes that the cached tokens take."""

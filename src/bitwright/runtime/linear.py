@@ -52,6 +52,11 @@ def to_site(x: Tensor, order: Tensor | None, hadamard: SiteHadamard | None) -> T
     return hadamard.apply(x if order is None else x.index_select(1, order))
 
 
+def with_clip(recipe: ActivationRecipe | None, ratio: float) -> ActivationRecipe | None:
+    """The same quantizer with another clip ratio."""
+    return recipe and recipe.model_copy(update={"clip": float(ratio)})
+
+
 class QuantizedLinear(nn.Module):
     """y = W x + b with packed W and dynamically quantized x; takes and returns any float dtype, computes in fp32.
 
@@ -62,7 +67,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, name: str, spec: LayerSpec, activations: ActivationRecipe | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
-        self.activations = activations
+        self.activations = activations if spec.clip is None else with_clip(activations, spec.clip)
         self.in_features, self.out_features = spec.columns, spec.rows
         for full_name, (kind, shape) in layer_shapes(name, spec, dtype).items():
             self.register_buffer(full_name[len(name) + 1 :], torch.empty(shape, dtype=kind))
@@ -120,14 +125,10 @@ class QuantizedLinear(nn.Module):
             bits=self.spec.bits,
             group=self.spec.group,
             kind=self.spec.kind,
-            planes=parts["codes"],
-            scales=parts.get("scales"),
-            levels=parts.get("levels"),
-            zeros=parts.get("zeros"),
-            table=parts.get("table"),
-            outliers=parts.get("outliers"),
-            outlier_scales=parts.get("outlier_scales"),
+            planes=parts.pop("codes"),
+            scales=parts.pop("scales", None),
             permutation=self.order,
+            **parts,
         )
 
     @property
@@ -154,6 +155,7 @@ class QuantizedLinear(nn.Module):
         fits = self.spec.bits == 2 and inputs is not None and inputs.bits == 4
         fits = fits and self.spec.group <= WIDEST_GROUP
         fits = fits and (self.spec.kind != "shared" or on_grid(self.table) is not None)
+        fits = fits and self.spec.kind != "salient"  # two codebooks a group: the tiles hold one
         return fits and self.weight.device.type == "cpu" and native() is not None
 
     def pack(self, out: Tensor | None = None) -> None:
@@ -210,11 +212,11 @@ class QuantizedLinear(nn.Module):
             assert inputs is not None
             order = None if spec.permutation is None else self._leader[0].permutation.to(torch.int32)
             bias = None if self.bias is None else self.bias.to(torch.float32)
-            rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip)
+            rest: tuple[Any, ...] = (spec.outliers, spec.group, inputs.clip, inputs.symmetric)
             op: Callable[..., Tensor] = ops.site_linear
             eager: Callable[..., Tensor] = ops.site_linear_eager
             if self.counts_planes:
-                rest = (*rest, inputs.balance)
+                rest = (spec.outliers, spec.group, inputs.clip, inputs.balance)
                 op, eager = plane_ops.site_planes, plane_ops.site_planes_eager
             self._kernel = Kernel(op, eager, order, bias, rest, spec.transform)
         return self._kernel

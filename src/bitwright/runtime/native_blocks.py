@@ -16,7 +16,7 @@ from torch import Tensor
 from bitwright.native import native
 from bitwright.runtime import plane_ops
 from bitwright.runtime.kv_cache import QuantizedKVCache, QuantizedKVLayer
-from bitwright.runtime.ops import check, cut, site_linear_eager
+from bitwright.runtime.ops import check, cut, share, site_linear_eager
 from bitwright.runtime.planes import PlaneGeometry
 from bitwright.runtime.tiles import Geometry
 
@@ -79,7 +79,8 @@ class NativeBlocks:
     def _site(self, site: Site) -> Any:
         module: Any = native()
         kernel = site.kernel
-        outliers, group, clip, *balance = kernel.rest
+        outliers, group, clip, setting = kernel.rest  # of the planes their balance, of the tiles whether symmetric
+        balance = setting if isinstance(setting, str) else None
         made = PlaneGeometry if balance else Geometry
         geometry = made(site.rows, site.columns, outliers, group)
         check(torch.empty((0, site.columns)), site.packed, kernel.order, kernel.bias, geometry)
@@ -92,7 +93,8 @@ class NativeBlocks:
             self._address(kernel.order),
             self._address(kernel.bias),
             cut(clip),
-            plane_ops.NATIVE.index(balance[0]) if balance else -1,
+            0.0 if balance else share(clip, setting),
+            plane_ops.NATIVE.index(balance) if balance else -1,
             kernel.hadamard.size if kernel.hadamard else 0,
             kernel.hadamard.normal if kernel.hadamard else 0,
         )
@@ -104,7 +106,7 @@ class NativeBlocks:
         for layer, (heads, head_dim) in zip(cache.layers, self.heads, strict=True):
             assert isinstance(layer, QuantizedKVLayer)
             keys, values, _ = layer.reserve(heads, tokens, head_dim)
-            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[1]))
+            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[1], cut(layer.clip)))
             bits = layer.bits
         x, cos, sin = x.clone(), cos.contiguous(), sin.contiguous()
         normed = torch.empty_like(x)

@@ -28,6 +28,11 @@ def cut(clip: float) -> float:
     return (1.0 - clip) / 2.0
 
 
+def share(clip: float, symmetric: bool) -> float:
+    """Share of -max..max that symmetric codes span; 0 for those with a zero point."""
+    return clip if symmetric else 0.0
+
+
 def _check_packed(packed: Tensor, geometry: Geometry) -> None:
     if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != geometry.packed_bytes():
         raise ValueError(
@@ -62,15 +67,17 @@ def site_linear_eager(
     outliers: int,
     group: int,
     clip: float,
+    symmetric: bool = False,
 ) -> Tensor:
     """x fp32 [..., columns] in the model's channel order -> fp32 [..., rows]: all linears of a site, 4-bit inputs."""
     geometry = geometry_of_sizes(rows, x.shape[-1], outliers, group)
     check(x, packed, order, bias, geometry)
     module = native()
     if module is None:
-        recipe = ActivationRecipe(bits=4, balance="none", clip=clip)
+        recipe = ActivationRecipe(bits=4, balance="none", clip=clip, symmetric=symmetric)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
-    return run_site(module.site_linear, x, packed, order, bias, geometry, clip, 4)
+    setting = (cut(clip), 4, share(clip, symmetric))
+    return run_site(module.site_linear, x, packed, order, bias, geometry, setting)
 
 
 def run_site(
@@ -80,10 +87,9 @@ def run_site(
     order: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
-    clip: float,
-    setting: int,
+    setting: tuple[float, ...],
 ) -> Tensor:
-    """Call the native product of either kind of tiles on checked tensors; `setting` is its bits or its balance."""
+    """Call the native product of either kind of tiles on checked tensors; `setting` is what its quantizer wants."""
     # Everything here is paid at every call: hence one look at the shape, and sizes as arguments instead of a tuple.
     x = x.contiguous()
     order = None if order is None else order.contiguous()
@@ -100,8 +106,7 @@ def run_site(
         geometry.outliers,
         geometry.group,
         0 if order is None else order.data_ptr(),
-        cut(clip),
-        setting,
+        *setting,
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         torch.get_num_threads(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.native import native
 from bitwright.recipe import ActivationRecipe
-from bitwright.runtime.ops import check, run_site, site_reference
+from bitwright.runtime.ops import check, cut, run_site, site_reference
 from bitwright.runtime.planes import PlaneGeometry, unpack
 from bitwright.runtime.schemas import kernel
 
@@ -52,7 +52,7 @@ def site_planes_eager(
     if module is None:
         recipe = ActivationRecipe(bits=4, balance=cast(Any, balance), clip=clip)
         return site_reference(x, unpack(packed, geometry, "free"), order, bias, geometry, recipe)
-    return run_site(module.site_planes, x, packed, order, bias, geometry, clip, NATIVE.index(balance))
+    return run_site(module.site_planes, x, packed, order, bias, geometry, (cut(clip), NATIVE.index(balance)))
 
 
 site_planes = torch.ops.bitwright.site_planes.default

@@ -65,8 +65,8 @@ def require_float32(**tensors: Tensor) -> None:
 
 
 @_op(
-    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip)"
-    " -> Tensor"
+    "site_linear(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
+    " bool symmetric=False) -> Tensor"
 )
 @_op(
     "site_planes(Tensor x, Tensor packed, Tensor? order, Tensor? bias, int rows, int outliers, int group, float clip,"
@@ -77,11 +77,11 @@ def _rows_of_site(x: Tensor, packed: Tensor, order: Tensor | None, bias: Tensor 
 
 
 @_op(
-    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip)"
+    "quantize_site(Tensor x, Tensor? order, int outliers, int group, float clip, bool symmetric=False)"
     " -> (Tensor codes, Tensor step, Tensor rest, Tensor outlier_codes, Tensor outlier_step)"
 )
 def _quantize_site(
-    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float
+    x: Tensor, order: Tensor | None, outliers: int, group: int, clip: float, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *batch, columns = x.shape
     groups = group_count(columns - outliers, group)
@@ -108,7 +108,7 @@ def _dense_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits) -> ()")
+@_op("kv_append(Tensor(a!) records, Tensor states, SymInt position, int bits, float clip=1.0) -> ()")
 def _nothing(*_: Any) -> None:
     return None
 
@@ -126,7 +126,7 @@ def _kv_attention(
 
 @_op(
     "attention_step(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, SymInt position,"
-    " int query_heads, int key, int value, float scale, int window, int bits) -> Tensor"
+    " int query_heads, int key, int value, float scale, int window, int bits, float clip=1.0) -> Tensor"
 )
 def _attention_step(
     x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: int, query_heads: int, *_: Any

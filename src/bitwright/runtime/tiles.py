@@ -18,7 +18,7 @@ from bitwright.packing import pack_planes
 # What the native packers read of a matrix, in the order of their arguments.
 PACKED = ("codes", "scales", "levels", "zeros", "outliers", "outlier_scales")
 # The stored tensors of a linear (docs/format.md) but permutation, bias and sentinel.
-STORED = (*PACKED, "table")
+STORED = (*PACKED, "table", "salient", "salient_levels", "salient_scales")
 TILE_ROWS = 32
 STEP = 64  # channels of a row whose codes share 16 bytes
 _LEVELS, _SCALES, _CODES = 0, 128, 192

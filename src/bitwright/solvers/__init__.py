@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
-from bitwright.solvers import bwa, gptq, rtn, wgm
+from bitwright.solvers import billm, bwa, gptq, rtn, wgm
 from bitwright.solvers import native as native
 from bitwright.solvers.feedback import join_rows as join_rows
 from bitwright.solvers.hessian import Factor as Factor
@@ -18,4 +18,10 @@ from bitwright.solvers.hessian import input_drift as input_drift
 from bitwright.solvers.hessian import output_error as output_error
 
 Solver = Callable[[Tensor, Factor, int, WeightRecipe], CodebookMatrix]
-SOLVERS: dict[str, Solver] = {"bwa": bwa.solve, "rtn": rtn.solve, "gptq": gptq.solve, "wgm": wgm.solve}
+SOLVERS: dict[str, Solver] = {
+    "bwa": bwa.solve,
+    "rtn": rtn.solve,
+    "gptq": gptq.solve,
+    "wgm": wgm.solve,
+    "billm": billm.solve,
+}

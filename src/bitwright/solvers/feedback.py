@@ -49,7 +49,7 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> Grid
 def find_levels_reference(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
     """`find_levels` in torch, for any dtype: the oracle of the native code."""
     if recipe.levels == "uniform":
-        return uniform_grid(block, recipe.bits, recipe.symmetric, recipe.range == "mse", importance)
+        return uniform_grid(block, recipe.bits, recipe.symmetric, recipe.range == "mse", importance, recipe.clip)
     if recipe.levels == "minmax":
         return snap(minmax_levels(block, recipe.bits))
     if recipe.levels == "dp":
@@ -76,12 +76,16 @@ def assign_rounded(block: Tensor, rounded: Rounding, upper: Tensor, mode: str) -
     if mode == "column":
         return _assign_by_column(block, rounded, upper)
     ranks, levels = rounded(block)
-    residual = block - levels
+    return ranks, block_error(block - levels, upper, mode)
+
+
+def block_error(residual: Tensor, upper: Tensor, mode: str) -> Tensor:
+    """The error matrix E of a block whose codes are all chosen, from its residual [rows, width]; not for `column`."""
     if mode == "none":
-        return ranks, torch.zeros_like(residual)
+        return torch.zeros_like(residual)
     if mode == "block-diag":
-        return ranks, residual / upper.diagonal()
-    return ranks, torch.linalg.solve_triangular(upper, residual, upper=True, left=False)
+        return residual / upper.diagonal()
+    return torch.linalg.solve_triangular(upper, residual, upper=True, left=False)
 
 
 def _assign_by_column(block: Tensor, rounded: Rounding, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,7 @@ def quantize_outlier_columns(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_rows(parts: list[CodebookMatrix], permutation: Tensor | None) -> CodebookMatrix:
-    """Stack matrices solved for consecutive rows of one linear; a shared table is the same in all of them."""
+    """Stack matrices solved for consecutive rows of one linear; what all rows share is the same in all of them."""
 
     def cat(name: str, dim: int = 0) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
@@ -182,6 +186,9 @@ def join_rows(parts: list[CodebookMatrix], permutation: Tensor | None) -> Codebo
         levels=cat("levels"),
         zeros=cat("zeros"),
         table=first.table,
+        salient=first.salient,
+        salient_levels=cat("salient_levels"),
+        salient_scales=cat("salient_scales"),
         outliers=cat("outliers"),
         outlier_scales=cat("outlier_scales"),
         permutation=permutation,

@@ -18,13 +18,19 @@ NORM = 2.4
 
 
 def uniform_grid(
-    block: Tensor, bits: int, symmetric: bool = False, search: bool = False, importance: Tensor | None = None
+    block: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    search: bool = False,
+    importance: Tensor | None = None,
+    clip: float = 1.0,
 ) -> GridLevels:
     """The grid of each row of fp32 [rows, width].
 
     Asymmetric: scale = (max - min) / (2**bits - 1), zero = round(-min / scale), the range widened to contain 0.
     Symmetric: scale = 2 max|w| / (2**bits - 1), as GPTQ's code has it, and no zero point; with one bit max|w|, for
-    levels of -1 and 1. A row of zeros has the range -1..1. With `search` the ends are the share of these that makes
+    levels of -1 and 1. A row of zeros has the range -1..1. The grid spans `clip` times the range (Atom, 0.85), or with
+    `search` the ends are the share of these that makes
     the sum of h |error|**2.4 least, h being `importance` fp32 [width] or 1; the first of equal ones, from 1 down.
     """
     low, high = block.amin(dim=-1).clamp_max(0.0), block.amax(dim=-1).clamp_min(0.0)
@@ -33,7 +39,7 @@ def uniform_grid(
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale, zero = _grid(low, high, bits, symmetric)
+    scale, zero = _grid(clip * low, clip * high, bits, symmetric)
     if search:
         least = torch.full_like(high, torch.inf)
         for share in SHARES:

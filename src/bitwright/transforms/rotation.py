@@ -29,12 +29,17 @@ class BlockNames:
     writers  linears whose outputs are added to the residual stream
     value    linear that makes the values, `kv heads * head_dim` rows
     output   linear that reads the mixed values, `heads * head_dim` columns
+    inner    linears that make the inputs of `last`, the last product of a block
+    normed   linears whose outputs are normed head by head
     """
 
     readers: tuple[tuple[str, tuple[str, ...]], ...]
     writers: tuple[str, ...]
     value: str
     output: str
+    inner: tuple[str, ...]
+    last: str
+    normed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

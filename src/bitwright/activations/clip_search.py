@@ -1,0 +1,124 @@
+"""Searches for one clip ratio: over any objective, which is told a ratio in (0, 1] and says how bad it is.
+
+`gradual_binary_search` is GBS's (arXiv 2504.13989, section 4.2) to the letter: a bracket a < m < b, cut by turns in the
+middle of its left and of its right half. It assumes one valley, and it never tries 1 (the least cut that it can return
+after k rounds is about 2^-(k / 2)). The others are cheaper or safer and always try 1: a golden section, which is as
+narrow after as many evaluations but twice as fast where the best ratio is at an end, and a grid, which assumes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Objective = Callable[[float], float]
+
+# 1 first: of ratios that are as good, the one that cuts least is taken.
+GRID = tuple(round(1.0 - 0.05 * i, 2) for i in range(16))
+GLOBAL = GRID[:5]
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Found:
+    """The ratio taken, its value, the bracket left around it, and all (ratio, value) tried, in order."""
+
+    ratio: float
+    value: float
+    bracket: tuple[float, float]
+    tried: tuple[tuple[float, float], ...]
+
+
+class _Tried:
+    """An objective that keeps what it was asked."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.pairs = objective, list[tuple[float, float]]()
+
+    def __call__(self, ratio: float) -> float:
+        value = self.objective(ratio)
+        self.pairs.append((ratio, value))
+        return value
+
+    def found(self, ratio: float, value: float, low: float, high: float) -> Found:
+        return Found(ratio, value, (low, high), tuple(self.pairs))
+
+    def best(self) -> tuple[float, float]:
+        """(ratio, value) of the least value; of several the largest ratio. What is no number is never the best."""
+        return min(self.pairs, key=lambda pair: (math.inf if math.isnan(pair[1]) else pair[1], -pair[0]))
+
+
+def gradual_binary_search(objective: Objective, iterations: int) -> Found:
+    """Section 4.2: `iterations` + 1 evaluations, fewer once the bracket is narrower than 1e-3."""
+    tried = _Tried(objective)
+    low, high, middle = 0.0, 1.0, 0.5
+    value = tried(middle)
+    for k in range(iterations):
+        if high - low <= TOLERANCE:
+            break
+        x = (low + middle) / 2 if k % 2 == 0 else (middle + high) / 2
+        here = tried(x)
+        if here < value:
+            if x < middle:
+                high = middle
+            else:
+                low = middle
+            middle, value = x, here
+        elif x < middle:
+            low = x
+        else:
+            high = x
+    return tried.found(middle, value, low, high)
+
+
+def golden_section(objective: Objective, iterations: int) -> Found:
+    """1, then `iterations` + 1 points inside: each but the first cuts the bracket to 0.618 of its width."""
+    tried = _Tried(objective)
+    share = (math.sqrt(5.0) - 1.0) / 2.0
+    low, high = 0.0, 1.0
+    tried(1.0)
+    left, right = 1.0 - share, share
+    at_left: float | None = None
+    at_right: float | None = tried(right)
+    for _ in range(iterations):
+        if high - low <= TOLERANCE:
+            break
+        if at_left is None:
+            at_left = tried(left)
+        elif at_right is None:
+            at_right = tried(right)
+        assert at_left is not None
+        assert at_right is not None
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left, at_left = high - share * (high - low), None
+        else:
+            low, left, at_left = left, right, at_right
+            right, at_right = low + share * (high - low), None
+    return tried.found(*tried.best(), low, high)
+
+
+def grid_search(objective: Objective, ratios: Sequence[float] = GRID) -> Found:
+    """All of `ratios`; the bracket is that of the neighbours."""
+    tried = _Tried(objective)
+    for ratio in ratios:
+        tried(ratio)
+    ratio, value = tried.best()
+    below = max((other for other in ratios if other < ratio), default=0.0)
+    above = min((other for other in ratios if other > ratio), default=1.0)
+    return tried.found(ratio, value, below, above)
+
+
+def search(method: str, objective: Objective, iterations: int) -> Found:
+    """By the names of recipes: gbs, golden, grid, global."""
+    if method == "gbs":
+        return gradual_binary_search(objective, iterations)
+    if method == "golden":
+        return golden_section(objective, iterations)
+    return grid_search(objective, GLOBAL if method == "global" else GRID)
+
+
+def evaluations(method: str, iterations: int) -> int:
+    """At most so many evaluations does a search take."""
+    return {"gbs": iterations + 1, "golden": iterations + 2, "grid": len(GRID), "global": len(GLOBAL)}[method]

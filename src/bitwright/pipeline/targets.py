@@ -1,0 +1,33 @@
+"""What has a clip ratio of its own, by name, and what it costs to search them all."""
+
+from __future__ import annotations
+
+from bitwright.activations.clip_search import evaluations
+from bitwright.models import Skeleton
+from bitwright.recipe import Recipe
+
+CACHE = "cache"
+
+
+def targets(skeleton: Skeleton, recipe: Recipe) -> list[list[str]]:
+    """Block by block in the order of the search: `BLOCK.SITE`, and behind a block's first site `BLOCK.cache` for its
+    keys and values (GBS: q, k, v, the keys, o, gate, up, down)."""
+    found = []
+    for index in range(len(skeleton.blocks)):
+        name = skeleton.block_name(index)
+        sites = [f"{name}.{site.name}" for site in skeleton.sites(index)] if recipe.activations else []
+        found.append([*sites[:1], *([f"{name}.{CACHE}"] if recipe.kv else []), *sites[1:]])
+    return found
+
+
+def search_notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
+    """What a search asks for, for the plan; nothing where there is none."""
+    asked = recipe.search
+    if asked.method == "none":
+        return []
+    count = 1 if asked.method == "global" else sum(len(names) for names in targets(skeleton, recipe))
+    return [
+        f"clip ratios: {count} searches of up to {evaluations(asked.method, asked.iterations)} evaluations of the"
+        f" {asked.objective} on the first {asked.share * 100:g} % of the calibration text, each token of which takes"
+        f" {16 * skeleton.width:,} bytes of disk meanwhile"
+    ]

@@ -1,0 +1,340 @@
+"""Clip ratios that were searched, and sizes that were expanded: whole runs, through the command and the API."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+import bitwright
+import support
+from bitwright.calibration import Text, load_tokenizer, text_of, tokenize
+from bitwright.errors import ArtifactError, BitwrightError
+from bitwright.integrations.transformers import quantized_cache, recipe_of
+from bitwright.pipeline.run import Silent
+from bitwright.runtime import quantized_linears
+
+Artifact = Callable[..., Path]
+FAST: dict[str, Any] = {"weights.group": 32, "weights.range": "minmax", "search.iterations": 2, "search.share": 0.02}
+OUTPUT = FAST | {"search.method": "golden", "search.objective": "output", "search.iterations": 4}
+SITES = ("attn_in", "cache", "attn_out", "mlp_in", "mlp_out")
+
+
+def config_of(artifact: Path) -> Any:
+    return json.loads((artifact / "config.json").read_text())["quantization_config"]
+
+
+def found_in(artifact: Path) -> list[dict[str, Any]]:
+    return json.loads((artifact / "bitwright_manifest.json").read_text())["search"]
+
+
+def test_the_command(models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [f"--set={key}={value}" for key, value in FAST.items()]
+    made = support.run_cli(
+        "quantize", models["llama"], out, "--calib", calibration_file, "--preset", "gbs",
+        "--sequences", "6", "--length", "64", *options,
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    lines = [line for line in made.err.splitlines() if line.startswith("clip ratio ")]
+    assert len(lines) == 10
+    assert lines[0].startswith("clip ratio 1/10  model.layers.0.attn_in ")
+    config = config_of(out)
+    assert config["requires"] == ["hadamard", "clip"]
+    found = found_in(out)
+    assert [entry["target"] for entry in found] == [f"model.layers.{i}.{site}" for i in (0, 1) for site in SITES]
+    ratios = {entry["target"]: entry["ratio"] for entry in found}
+    assert config["cache"]["clips"] == [ratios["model.layers.0.cache"], ratios["model.layers.1.cache"]]
+    for entry in found:
+        assert [ratio for ratio, _ in entry["tried"]][:2] == [0.5, 0.25]
+        assert len(entry["tried"]) == 3
+        assert [entry["ratio"], entry["value"]] in entry["tried"]
+    for name, spec in config["layers"].items():
+        prefix, _, linear = name.rpartition(".")
+        site = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out", "d": "mlp_out"}.get(
+            linear[0], "mlp_in"
+        )
+        assert spec["clip"] == ratios[f"{'.'.join(prefix.split('.')[:3])}.{site}"]
+    card = (out / "README.md").read_text()
+    assert "## Clip ratios" in card
+    assert f"| model.layers.1.mlp_out | {ratios['model.layers.1.mlp_out']:.5g} |" in card
+    assert support.run_cli("verify", out).code == 0
+    # What the run measured of itself is what the loaded artifact measures.
+    measured = support.run_cli("eval", out, "--text", evaluation_file, "--windows", "2", "--json")
+    assert measured.code == 0
+    assert "KV cache 3-bit" in measured.json["protocol"]
+    again = support.run_cli(
+        "quantize", models["llama"], out, "--calib", calibration_file, "--preset", "gbs",
+        "--sequences", "6", "--length", "64", *options,
+    )  # fmt: skip
+    assert "already complete" in again.err
+
+
+def windows_of(model: Path, calibration: Text, share: float) -> Tensor:
+    tokens = tokenize(load_tokenizer(model), calibration)
+    return tokens[: int(len(tokens) * share) // 64 * 64].view(-1, 64)
+
+
+def loss(model: Any, windows: Tensor, clips: list[float] | None) -> float:
+    """Mean loss of a packed model, its cache quantized in all layers or in none; a plain loop over transformers."""
+    recipe = recipe_of(model)
+    assert recipe is not None
+    recipe = recipe if clips is not None else recipe.with_options({"kv": None})
+    scores = support.logits_of(model, windows, recipe, clips)
+    return sum(
+        float(torch.nn.functional.cross_entropy(row[:-1], ids[1:])) for row, ids in zip(scores, windows, strict=True)
+    ) / len(windows)
+
+
+def test_values_are_those_of_the_loaded_artifact(
+    models: dict[str, Path], calibration: Text, artifact: Artifact
+) -> None:
+    """The first target with nothing else quantized, and the last with everything else as it was found."""
+    made = artifact("qwen2", "gbs", FAST)
+    found, windows = found_in(made), windows_of(models["qwen2"], calibration, FAST["search.share"])
+    clips = config_of(made)["cache"]["clips"]
+    first, last = found[0], found[-1]
+    model = bitwright.load(made)
+    linears = dict(quantized_linears(model))
+    inputs = {name: linear.activations for name, linear in linears.items()}
+    for ratio, value in last["tried"]:
+        down = linears["model.layers.1.mlp.down_proj"]
+        down.activations = inputs["model.layers.1.mlp.down_proj"].model_copy(update={"clip": ratio})
+        assert loss(model, windows, clips) == pytest.approx(value, abs=2e-3)
+    for ratio, value in first["tried"]:
+        for name, linear in linears.items():
+            mine = name.startswith("model.layers.0.self_attn") and "o_proj" not in name
+            linear.activations = inputs[name].model_copy(update={"clip": ratio}) if mine else None
+        assert loss(model, windows, None) == pytest.approx(value, abs=2e-3)
+    # Two ratios of one target are told apart by more than that.
+    values = [value for _, value in first["tried"] + last["tried"]]
+    assert max(values) - min(values) > 1e-2
+
+
+def test_the_run_measures_what_evaluation_measures(
+    models: dict[str, Path], calibration: Text, evaluation_file: Path, tmp_path: Path
+) -> None:
+    recipe = bitwright.preset("gbs").with_options(support.SMALL | OUTPUT)
+    text = text_of("evaluation", evaluation_file.read_text())
+    result = bitwright.quantize(
+        models["mistral"], tmp_path / "out", recipe, calibration, evaluation=text, evaluation_windows=3
+    )
+    ours = bitwright.evaluate(tmp_path / "out", text, window=64, limit=3).loss
+    # bfloat16 embeddings, and activations of 3 bits, whose codes flip at the last digit.
+    assert ours == pytest.approx(result.measured["evaluation"]["loss_quantized"], abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "options"),
+    [
+        ("llama", "gbs", FAST),
+        ("qwen3", "gbs", OUTPUT),
+        ("mistral", "gbs", FAST | {"search.method": "global"}),
+        ("mistral", "gbs", OUTPUT | {"transform.expansion": "power"}),
+        ("qwen2", "gbs", OUTPUT | {"transform.expansion": "power", "search.method": "grid"}),
+        # With outliers and an order, on the kernels; one of the two quantizers alone.
+        ("llama", "bwa", {key: value for key, value in OUTPUT.items() if key.startswith("search")}),
+        ("qwen2", "bwa", OUTPUT | {"activations": None, "kv.bits": 2}),
+        ("mistral", "rtn", OUTPUT | {"kv": None, "activations.balance": "none", "activations.bits": 3}),
+    ],
+)
+def test_packed_and_simulated_agree(
+    model: str, preset: str, options: dict[str, Any], models: dict[str, Path], calibration: Text, artifact: Artifact
+) -> None:
+    made = artifact(model, preset, options)
+    packed = support.block_by_block(bitwright.load(made))
+    native = any(linear.packed is not None for _, linear in quantized_linears(packed))
+    simulated, recipe = support.simulate(models[model], made, "kernels" if native else "site")
+    clips = config_of(made).get("cache", {}).get("clips")
+    ids = windows_of(models[model], calibration, 0.02)[:2]
+    ours, theirs = (support.logits_of(one, ids, recipe, clips) for one in (packed, simulated))
+    assert support.relative_difference(ours, theirs) <= 1e-3
+    # The ratios are part of it: without them the same model is far off.
+    assert {spec.get("clip", 1.0) for spec in config_of(made)["layers"].values()} | set(clips or ()) != {1.0}
+    if clips and any(ratio != 1.0 for ratio in clips):
+        assert support.relative_difference(support.logits_of(simulated, ids, recipe), ours) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("model_name", "preset", "options"),
+    [
+        ("qwen3", "gbs", OUTPUT | {"weights.bits": 2, "activations.bits": 4}),
+        # All blocks of a step in one native call.
+        ("llama", "bwa", {key: OUTPUT[key] for key in OUTPUT if key.startswith("search")} | {"kv.bits": 3}),
+    ],
+)
+def test_lean_and_transformers_forward_agree(
+    model_name: str, preset: str, options: dict[str, Any], artifact: Artifact
+) -> None:
+    """On the kernels: four-bit inputs of two-bit weights, each site with a ratio of its own, caches of three bits."""
+    made = artifact(model_name, preset, options)
+    assert set(config_of(made)["cache"]["clips"]) != {1.0}
+    model = bitwright.load(made)
+    if any(linear.packed is None for _, linear in quantized_linears(model)):
+        pytest.skip("built without native kernels")
+    ids = torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    recipe = recipe_of(model)
+    assert recipe is not None
+    assert "forward" in model.model.__dict__
+
+    def logits() -> Tensor:
+        with torch.inference_mode():
+            return model(ids, past_key_values=quantized_cache(model, recipe), use_cache=True).logits
+
+    lean = logits()
+    assert support.relative_difference(support.block_by_block(model) and logits(), lean) < 2e-2
+
+
+class BreakAt(Silent):
+    """Raises when so many targets are found."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.found = at, list[str]()
+
+    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
+        if found:
+            self.found.append(found["target"])
+            if done == self.at:
+                raise KeyboardInterrupt
+        elif done > self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [FAST, OUTPUT])
+def test_broken_off_it_goes_on_to_the_same_bytes(
+    options: dict[str, Any], models: dict[str, Path], calibration: Text, artifact: Artifact, tmp_path: Path
+) -> None:
+    recipe = bitwright.preset("gbs").with_options(support.SMALL | options)
+
+    def run(reporter: Silent, threads: int) -> None:
+        bitwright.quantize(models["qwen2"], tmp_path / "out", recipe, calibration, threads=threads, reporter=reporter)
+
+    done: list[str] = []
+    for at in (1, 4, 6.5, 10):
+        breaking = BreakAt(at)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            run(breaking, 1)
+        done += breaking.found
+    run(last := BreakAt(99), 3)
+    done += last.found
+    assert done == [entry["target"] for entry in found_in(tmp_path / "out")], "nothing is searched twice"
+    assert support.tree(tmp_path / "out") == support.tree(artifact("qwen2", "gbs", options))
+    assert not (tmp_path / "out.run").exists()
+
+
+# --- expansion --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3, bfloat16, tied: sizes without a Hadamard matrix."""
+    config = Qwen3Config(
+        vocab_size=300, max_position_embeddings=128, num_hidden_layers=2, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1, hidden_size=92, intermediate_size=184, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=24, tie_word_embeddings=True,
+    )  # fmt: skip
+    return support.save_model(tmp_path_factory.mktemp("odd") / "odd", config, torch.bfloat16, 9)
+
+
+def test_an_expanded_artifact(odd: Path, calibration: Text, tmp_path: Path) -> None:
+    recipe = bitwright.preset("quarot").with_options(
+        support.SMALL | {"transform.expansion": "hadamard", "weights.group": 32}
+    )
+    out = tmp_path / "out"
+    result = bitwright.quantize(odd, out, recipe, calibration, threads=2)
+    config = json.loads((out / "config.json").read_text())
+    original = json.loads((odd / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (96, 192, 24)
+    assert config["rms_norm_eps"] == pytest.approx(original["rms_norm_eps"] * 92 / 96)
+    layers = config["quantization_config"]["layers"]
+    assert (layers["model.layers.0.mlp.down_proj"]["rows"], layers["model.layers.0.mlp.down_proj"]["hadamard"]) == (
+        96,
+        192,
+    )
+    assert any("92 to 96" in note and "weights more" in note for note in result.plan.notes)
+
+    # Honest bits: every byte of the expanded matrices, over the weights that the model has.
+    stored, before = support.read_tensors(out), support.read_tensors(odd)
+    own = ("codes", "scales", "zeros")
+    size = sum(len(entry.raw) for name, entry in stored.items() if name.rpartition(".")[2] in own)
+    weights = sum(math.prod(before[f"{name}.weight"].shape) for name in layers)
+    assert result.plan.linear_bits == size * 8 / weights
+    assert weights < sum(spec["rows"] * spec["columns"] for spec in layers.values())
+    files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert result.plan.model_bits == files * 8 / sum(math.prod(entry.shape) for entry in before.values())
+    plan = bitwright.plan(odd, recipe)
+    assert plan.to_dict() == result.plan.to_dict() | {"model": plan.model}
+    assert plan.total_bytes == files
+
+    # It loads, saves and loads again as any other.
+    assert bitwright.verify(out) == []
+    ids = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = support.logits_of(model := bitwright.load(out), ids, recipe)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(support.logits_of(bitwright.load(tmp_path / "again"), ids, recipe), expected)
+    assert result.measured["calibration"]["loss_original"] == pytest.approx(
+        bitwright.quantize(
+            odd, tmp_path / "plain", recipe.with_options({"transform.expansion": "none"}), calibration, threads=2
+        ).measured["calibration"]["loss_original"],
+        abs=5e-3,
+    )
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("gbs", {"activations": None, "kv": None}, "has nothing to look for with activations and kv off"),
+        ("gbs", {"search.method": "global", "search.objective": "output"}, "write objective = 'perplexity'"),
+        ("bwa", {"transform.expansion": "power"}, "write rotation = 'quarot' or expansion = 'none'"),
+        ("gbs", {"activations.balance": "support"}, "write balance = 'none' with bits = 3"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(preset: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitwrightError, match=message):
+        bitwright.preset(preset).with_options(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["cache"].update(clips=[0.5]), "expected `clips` with a number for each of the 2 decoder blocks"),
+        (
+            lambda c: c["cache"].update(clips=[0.5, 1.5]),
+            "cache of decoder block 1 clip = 1.5; expected a number above 0",
+        ),
+        (lambda c: c.update(cache=3), "quantization_config.cache is 3"),
+        (
+            lambda c: c["layers"]["model.layers.0.mlp.up_proj"].update(clip=0),
+            "layer model.layers.0.mlp.up_proj clip = 0; expected",
+        ),
+    ],
+)
+def test_a_damaged_ratio_is_told_of(change: Any, message: str, artifact: Artifact, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(artifact("llama", "gbs", FAST), tmp_path / "copy"))
+    support.edit_json(copy / "config.json", lambda config: change(config["quantization_config"]))
+    with pytest.raises(ArtifactError, match=message):
+        bitwright.load(copy)
+
+
+def test_artifacts_without_a_search_say_nothing_of_it(artifact: Artifact) -> None:
+    """What older readers know is what they find."""
+    config = config_of(artifact("llama"))
+    assert "cache" not in config
+    assert config["requires"] == []
+    assert "search" not in config["recipe"]
+    assert "clip" not in config["recipe"]["kv"]
+    assert "expansion" not in config["recipe"]["transform"]
+    assert all("clip" not in spec for spec in config["layers"].values())
+    assert "search" not in json.loads((artifact("llama") / "bitwright_manifest.json").read_text())

@@ -1,0 +1,109 @@
+"""Searches for one clip ratio: the traces of GBS, brackets in closed form, and that 1 is tried where it should be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitwright.activations.clip_search import (
+    GRID,
+    Objective,
+    evaluations,
+    golden_section,
+    gradual_binary_search,
+    grid_search,
+    search,
+)
+
+from .twins import examples
+
+METHODS = ("gbs", "golden", "grid", "global")
+
+
+def valley(at: float) -> Objective:
+    return lambda ratio: (ratio - at) ** 2
+
+
+@pytest.mark.parametrize(("iterations", "expected"), [(3, 0.75), (5, 0.875), (8, 0.96875), (10, 0.984375)])
+def test_gbs_for_a_valley_at_one(iterations: int, expected: float) -> None:
+    found = gradual_binary_search(valley(1.0), iterations)
+    assert found.ratio == expected
+    assert all(ratio < 1.0 for ratio, _ in found.tried)
+
+
+@pytest.mark.parametrize(("iterations", "expected"), [(3, 0.25), (5, 0.3125), (8, 0.296875), (10, 0.30078125)])
+def test_gbs_for_a_valley_inside(iterations: int, expected: float) -> None:
+    assert gradual_binary_search(valley(0.3), iterations).ratio == expected
+
+
+@pytest.mark.parametrize(
+    ("at", "tried", "expected"),
+    [
+        (0.3, [0.5, 0.25, 0.375, 0.125, 0.3125, 0.28125], 0.3125),
+        (0.9, [0.5, 0.25, 0.75, 0.625, 0.875, 0.8125], 0.875),
+    ],
+)
+def test_what_gbs_tries(at: float, tried: list[float], expected: float) -> None:
+    found = gradual_binary_search(valley(at), 5)
+    assert [ratio for ratio, _ in found.tried] == tried
+    assert [value for _, value in found.tried] == [(ratio - at) ** 2 for ratio in tried]
+    assert (found.ratio, found.value) == (expected, (expected - at) ** 2)
+
+
+def test_brackets_after_eleven_evaluations() -> None:
+    """0.0078 for the alternating halving of a valley inside, 0.618^10 = 0.0081 for the golden section, beside 1."""
+    low, high = gradual_binary_search(valley(0.4), 10).bracket
+    assert high - low == pytest.approx(2**-7, rel=0.55)
+    found = golden_section(valley(0.3), 10)
+    assert len(found.tried) == 12
+    assert found.bracket[1] - found.bracket[0] == pytest.approx(0.61803399**10, rel=1e-6)
+
+
+def test_gbs_stops_where_the_bracket_is_narrow() -> None:
+    found = gradual_binary_search(valley(0.37), 100)
+    assert found.bracket[1] - found.bracket[0] <= 1e-3
+    assert len(found.tried) < 30
+
+
+@given(at=st.floats(0.02, 1.0), iterations=st.integers(1, 14), method=st.sampled_from(["gbs", "golden"]))
+@examples(150)
+def test_the_bracket_holds_the_best(at: float, iterations: int, method: str) -> None:
+    """Of any function with one valley; what is returned is the best of what was tried."""
+    found = search(method, lambda ratio: math.sqrt(abs(ratio - at)), iterations)
+    low, high = found.bracket
+    assert low - 1e-12 <= at <= high + 1e-12
+    assert found.value == min(value for _, value in found.tried)
+    assert (found.ratio, found.value) in found.tried
+    assert len(found.tried) <= evaluations(method, iterations)
+    assert all(0.0 < ratio <= 1.0 for ratio, _ in found.tried)
+
+
+def test_a_golden_section_asks_nothing_twice() -> None:
+    for at in (0.05, 0.3, 0.62, 0.97, 1.0):
+        tried = [round(ratio, 9) for ratio, _ in golden_section(valley(at), 8).tried]
+        assert len(set(tried)) == len(tried) == 10
+
+
+def test_grids_assume_nothing() -> None:
+    values = dict.fromkeys(GRID, 1.0) | {0.9: 0.5, 0.35: 0.4}
+    found = grid_search(values.__getitem__)
+    assert (found.ratio, found.value, found.bracket) == (0.35, 0.4, (0.3, 0.4))
+    assert [ratio for ratio, _ in found.tried] == list(GRID)
+    assert (GRID[0], GRID[-1], len(GRID)) == (1.0, 0.25, 16)
+    assert search("global", valley(0.2), 3).ratio == 0.8
+    assert len(search("global", valley(0.2), 3).tried) == 5
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_one_is_tried_and_kept_where_nothing_is_better(method: str) -> None:
+    assert search(method, lambda _: 7.0, 6).ratio == 1.0
+    assert search(method, valley(1.0), 6).ratio == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_what_is_no_number_is_not_taken(method: str) -> None:
+    found = search(method, lambda ratio: ratio if ratio > 0.85 else math.nan, 6)
+    assert not math.isnan(found.value)
