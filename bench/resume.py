@@ -1,6 +1,6 @@
 """Kill -9 a quantization at random moments and let it resume.
 
-    python bench/resume.py [--kills 100] [--seed 0]
+    python bench/resume.py [--kills 100] [--seed 0] [--tune]
 
 The demo model is quantized once unbroken. Then runs are killed at random moments, started again and killed again until
 one gets through; its directory must equal the unbroken one byte for byte. Ends after --kills kills survived.
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 
-def quantize(output: str, sequences: int) -> None:
+def quantize(output: str, sequences: int, tune: bool) -> None:
     """One run, in a process of its own."""
     import bitwright
     from bitwright.calibration import text_of
@@ -28,6 +28,8 @@ def quantize(output: str, sequences: int) -> None:
     from bitwright.demo.run import MODEL
 
     recipe = bitwright.preset("bwa").with_options({"calibration.sequences": sequences, "calibration.length": 256})
+    if tune:
+        recipe = recipe.with_options({"tune": {"steps": 6, "interval": 2}})
     bitwright.quantize(MODEL, output, recipe, text_of("calibration", calibration_text()))
 
 
@@ -44,13 +46,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tune", action="store_true", help="tune the model, too")
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bitwright.pipeline", "transformers.models.llama.modeling_llama"])
 
     def start(output: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=quantize, args=(str(output), arguments.sequences))
+        process = context.Process(target=quantize, args=(str(output), arguments.sequences, arguments.tune))
         process.start()
         return process
 

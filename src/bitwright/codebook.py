@@ -189,10 +189,10 @@ class CodebookMatrix:
             return weights.view(self.rows, -1)[:, : self.normal_columns]
         integers = self.levels if self.kind == "salient" else self.integer_levels()
         assert integers is not None
-        weights = _select(_products(integers, self.scales), codes).view(self.rows, -1)[:, : self.normal_columns]
+        weights = select_levels(_products(integers, self.scales), codes).view(self.rows, -1)[:, : self.normal_columns]
         if self.salient_levels is None or self.salient_scales is None:
             return weights
-        salient = _select(_products(self.salient_levels, self.salient_scales), codes)
+        salient = select_levels(_products(self.salient_levels, self.salient_scales), codes)
         salient = salient.view(self.rows, -1)[:, : self.normal_columns]
         return torch.where(self.salient_channels(), salient, weights)
 
@@ -241,7 +241,7 @@ def _products(integers: Tensor, scales: Tensor) -> Tensor:
     return integers.to(torch.float32) * scales.to(torch.float32).unsqueeze(-1)
 
 
-def _select(table: Tensor, codes: Tensor) -> Tensor:
+def select_levels(table: Tensor, codes: Tensor) -> Tensor:
     """table [rows, groups, 2**bits], codes [rows, groups, group] -> table at codes, without 64-bit indices."""
     chosen = torch.where(codes == 1, table[..., 1:2], table[..., 0:1])
     for code in range(2, table.shape[-1]):

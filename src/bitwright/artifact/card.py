@@ -64,7 +64,11 @@ or `bitwright generate THIS_DIRECTORY "Once upon a time"`. `bitwright verify THI
 Perplexity a token of the model's own tokenizer, mean over the targets of each window, windows averaged; weights,
 {{ activation_words }} and {{ kv_words }} quantized as in use. Excess is ln(after / before). The calibration text was
 seen by the quantizer: its row flatters. For a text of your own: `bitwright eval THIS_DIRECTORY --text FILE`.
-
+{% if tuning -%}
+Tuned for {{ tuning.steps }} steps of Adam: the divergence of the logits from the original's, on calibration text that \
+was held back, went from {{ "%.4f"|format(tuning.before) }} to {{ "%.4f"|format(tuning.after) }} nats a token. The \
+errors below are those before the tuning.
+{% endif %}
 ## Provenance
 
 - recipe: `{{ recipe_json }}`
@@ -107,6 +111,7 @@ def write_card(
     measured: dict[str, Any],
     facts: dict[str, Any],
     search: list[dict[str, Any]],
+    tuning: dict[str, Any] | None = None,
 ) -> None:
     """Write README.md. It holds no time, path or command line: equal artifacts have equal cards."""
     recipe = plan.recipe
@@ -125,6 +130,7 @@ def write_card(
         measured=measured,
         facts=facts,
         search=search,
+        tuning=tuning,
         names=names,
         exp=math.exp,
         recipe_json=json.dumps(recipe.to_dict(), sort_keys=True),

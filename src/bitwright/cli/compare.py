@@ -118,6 +118,12 @@ class _Reporter:
     def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
         self._bar.searching(target, done, total, found)
 
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        self._bar.begin_tuning(intervals, completed)
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        self._bar.interval_done(number, intervals, losses)
+
     def note(self, message: str) -> None:
         self._bar.note(message)
 

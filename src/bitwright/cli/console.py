@@ -32,9 +32,13 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def recipe_from(preset_name: str | None, file: str | None, options: list[str], **shortcuts: Any) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --set, then the shortcuts."""
+def recipe_from(
+    preset_name: str | None, file: str | None, options: list[str], *, tune: bool = False, **shortcuts: Any
+) -> Recipe:
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --tune, --set, the shortcuts."""
     recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
+    if tune and recipe.tune is None:
+        recipe = recipe.with_options({"tune": {}})
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
     return recipe.with_options(changes) if changes else recipe
@@ -120,6 +124,24 @@ class RunReporter:
             err.print(
                 f"clip ratio {round(done)}/{total}  {found['target']} {found['ratio']:.5g} (value {found['value']:.5g})"
                 f"  {seconds:.0f} s, about {left:.0f} s left",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        self._began, self._first = time.monotonic(), completed
+        self._progress.stop()
+        self._progress = _bar()
+        self._progress.start()
+        self._task = self._progress.add_task("tuning", total=intervals + 1, completed=completed)
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        if not err.is_terminal and number:
+            seconds = time.monotonic() - self._began
+            left = seconds / (number - self._first) * (intervals - number)
+            err.print(
+                f"tuning {number}/{intervals}  divergence {losses[0]:.4f} -> {losses[-1]:.4f}"
+                f"  {seconds:.0f} s, at most about {left:.0f} s left",
                 markup=False,
                 soft_wrap=True,
             )

@@ -24,6 +24,9 @@ def command(
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
     outliers: options.Outliers = None,
+    tune: bool = typer.Option(
+        False, "--tune", help="tune levels, scales and norms by the original's logits afterwards"
+    ),
     sequences: int | None = typer.Option(None, min=1, help="calibration segments"),
     length: int | None = typer.Option(None, min=8, help="tokens a segment"),
     seed: int | None = typer.Option(None, min=0, help="seed of the segments"),
@@ -42,6 +45,7 @@ def command(
         preset,
         recipe,
         set_,
+        tune=tune,
         weights__outliers=console.outliers_option(outliers),
         calibration__sequences=sequences,
         calibration__length=length,
@@ -80,6 +84,7 @@ def summary(result: Quantized) -> dict[str, Any]:
         "total_bytes": plan.total_bytes,
         "original_bytes": plan.original_bytes,
         "measured": result.measured,
+        **({"tuning": result.tuning} if result.tuning else {}),
     }
 
 
@@ -90,6 +95,11 @@ def show(result: Quantized, seconds: float) -> None:
         f"linears {plan.linear_bits:.4f} bits a weight, whole model {plan.model_bits:.4f} bits a parameter;"
         f" {plan.original_bytes:,} -> {plan.total_bytes:,} bytes"
     )
+    if result.tuning:
+        console.out.print(
+            f"tuned for {result.tuning['steps']} steps: divergence of the logits on calibration text held back"
+            f" {result.tuning['before']:.4f} -> {result.tuning['after']:.4f}"
+        )
     for part, row in result.measured.items():
         console.out.print(
             f"perplexity on the {part} text: {math.exp(row['loss_original']):.4f} ->"

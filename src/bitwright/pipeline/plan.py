@@ -13,6 +13,7 @@ from typing import Any
 from bitwright.artifact.layout import LayerSpec, OuterSpec, Shape, counted, layer_shapes, outer_shapes, shard_name
 from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
 from bitwright.calibration.statistics import wave_sequences
+from bitwright.codebook import group_count
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.pipeline.outer import kept_outer_names, plan_outer
@@ -230,7 +231,7 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         length=length,
         context=context,
         peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
-        work_disk=_work_disk(skeleton, shards, sequences, length),
+        work_disk=_work_disk(skeleton, shards, layers, recipe, sequences, length),
         ignored=tuple(skeleton.ignored),
         notes=(*source.notes(), *search_notes(skeleton, recipe)),
         unties=source.unties,
@@ -289,10 +290,11 @@ def _stored(checkpoint: Checkpoint, name: str) -> Shape:
 
 
 def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, length: int, threads: int) -> int:
-    """An upper estimate in bytes of the run's resident memory: the larger of its three phases, plus the libraries.
+    """An upper estimate in bytes of the run's resident memory: the larger of its phases, plus the libraries.
 
     Outside the blocks: embeddings or head in fp32, logits. Statistics: one block in fp32, its Hessians and one wave of
-    site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers.
+    site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers. Tuning: one block,
+    what its forward passes leave for the gradient, gradients of `threads` sequences, values and moments.
     """
     tensors = skeleton.checkpoint.tensors
     before, after = (
@@ -301,7 +303,8 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
     if recipe.outer.embedding < 16 or recipe.outer.head < 16:
         before, after = 2 * before, 2 * after  # the matrix and what its integers stand for
     vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
-    outside = max(before, after + 3 * 4 * length * vocabulary * threads)
+    logits = 3 if recipe.tune is None else 8
+    outside = max(before, after + logits * 4 * length * vocabulary * threads)
     worst = 0
     for block in range(len(skeleton.blocks)):
         own = [layer for layer in layers if layer.block == block]
@@ -312,14 +315,43 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
         forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
         worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
+        if recipe.tune is not None:
+            passing = threads * 4 * length * 3 * sum(layer.spec.rows + layer.spec.columns for layer in own)
+            values = sum(_tuned_bytes(layer, recipe) for layer in own)
+            gradients = threads * weights + (recipe.tune.batch + 1) * values
+            worst = max(worst, 2 * weights + passing + gradients + 3 * values)
     if recipe.search.method != "none":
         worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
 
 
-def _work_disk(skeleton: Skeleton, shards: list[dict[str, Shape]], sequences: int, length: int) -> int:
-    """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block."""
-    return sum(file_bytes(shard) for shard in shards) + 4 * sequences * length * skeleton.width * 4
+def _tuned_bytes(layer: LayerPlan, recipe: Recipe) -> int:
+    """fp32 bytes of what is tuned in a linear: levels or scales, int8 columns, and weights where codes may change."""
+    spec = layer.spec
+    groups = group_count(spec.columns - spec.outliers, spec.group)
+    levels = groups * (2**spec.bits if spec.kind == "free" else 1)
+    codes = groups * spec.group if recipe.tune is not None and recipe.tune.codes else 0
+    return 4 * spec.rows * (levels + spec.outliers + codes)
+
+
+def _work_disk(
+    skeleton: Skeleton,
+    shards: list[dict[str, Shape]],
+    layers: list[LayerPlan],
+    recipe: Recipe,
+    sequences: int,
+    length: int,
+) -> int:
+    """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block. For a
+    tuning the solved shards beside it, the stream before the first block, one of a step, and values with both moments
+    as they are, as they were sealed last, and when they were best."""
+    stream = 4 * length * skeleton.width
+    total = sum(file_bytes(shard) for shard in shards) + 4 * sequences * stream
+    if recipe.tune is not None:
+        step = recipe.tune.batch * (len(skeleton.blocks) + 1)
+        total += sum(file_bytes(shard) for shard in shards[1:]) + (2 * sequences + step) * stream
+        total += 4 * 3 * sum(_tuned_bytes(layer, recipe) for layer in layers)
+    return total
 
 
 def check_disk(needed: int, directory: Path) -> None:

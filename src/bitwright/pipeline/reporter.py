@@ -8,7 +8,8 @@ from bitwright.pipeline.plan import Plan
 
 
 class Reporter(Protocol):
-    """Told by a run, in this order: begin, advance and block_done for each block, searching, and notes in between."""
+    """Told by a run, in this order: begin, advance and block_done for each block, the tuning, searching, and notes in
+    between."""
 
     def begin(self, plan: Plan, completed: int) -> None: ...
     def advance(self, fraction: float) -> None:
@@ -19,6 +20,11 @@ class Reporter(Protocol):
         """The search for clip ratios: so far `done` of `total` targets; `found` is the entry of one that is done."""
 
     def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        """From here on `fraction` is of an interval of the tuning; one more is there for writing what it found."""
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        """`losses` are the divergences so far, the one before the tuning first."""
 
 
 class Silent:
@@ -29,3 +35,5 @@ class Silent:
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...
     def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None: ...
     def note(self, message: str) -> None: ...
+    def begin_tuning(self, intervals: int, completed: int) -> None: ...
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from bitwright.calibration import Stream, Text, consecutive_windows, load_tokeni
 from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
-from bitwright.models.passes import embed, head
+from bitwright.models.passes import embed
 from bitwright.pipeline.block import propagate, solve_sites
 from bitwright.pipeline.job import SHARES, BlockJob
+from bitwright.pipeline.measure import measure
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
 from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.reporter import Reporter as Reporter
@@ -35,6 +35,7 @@ from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_wi
 from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
+from bitwright.pipeline.tune import Progress, Tuner, solved_name
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedLinear
 from bitwright.workers import Workers
@@ -54,12 +55,14 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` leaves: the directory, the plan it was held to, the log, and what was measured on the way."""
+    """What `quantize` leaves: the directory, the plan it was held to, the log, what was measured on the way, and how
+    the tuning went, if there was one."""
 
     directory: Path
     plan: Plan
     log: list[dict[str, Any]]
     measured: dict[str, Any]
+    tuning: dict[str, Any] | None = None
 
 
 def quantize(
@@ -168,12 +171,15 @@ class _Run:
                 self.reporter.begin(self.plan, state.completed)
                 while state.completed < len(self.skeleton.blocks):
                     self._do_block(state, calls[state.completed], workers)
+                if self.recipe.tune is not None:
+                    self._tune(state, calls, workers)
                 ratios = self._search(state, calls, workers)
-                measured = self._measure(state, workers)
+                streams = {role: self._stream(state, role) for role in ("full", "quantized")}
+                measured = measure(self.source, self.plan, streams, self.windows, workers)
             self._finish(state, facts, measured, ratios)
             self._write_log(state)
             self.directory.publish()
-        return Quantized(self.output, self.plan, state.log, measured)
+        return Quantized(self.output, self.plan, state.log, measured, self._summary(state).get("tuning"))
 
     def _facts(self) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; kept in the manifest, compared on resume."""
@@ -208,7 +214,7 @@ class _Run:
         if self.directory.is_ours():
             self.directory.remove()
         self.reporter.note(f"{self.output} is already complete; nothing to do")
-        return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"])
+        return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"], manifest.get("tuning"))
 
     def _shape(self) -> tuple[int, int, int]:
         return (len(self.windows), self.plan.length, self.skeleton.width)
@@ -230,6 +236,8 @@ class _Run:
             exchanged = with_outer_quantized(self.skeleton, values, self.plan.outer)
             quantized = self._embedded("stream-0-quantized.f32", exchanged)
         state.streams = {"full": full, "quantized": quantized}
+        if self.recipe.tune is not None:
+            state.streams["entry"] = quantized
         self._seal(state)
         return state
 
@@ -244,19 +252,7 @@ class _Run:
 
     def _do_block(self, state: RunState, call: dict[str, Any], workers: Workers) -> None:
         index = state.completed
-        job = BlockJob(
-            index=index,
-            depth=len(self.skeleton.blocks),
-            name=self.skeleton.block_name(index),
-            block=self.source.block(index),
-            sites=self.skeleton.sites(index),
-            layers={layer.name: layer for layer in self.plan.layers_of(index)},
-            recipe=self.searching.solving,
-            calls=call,
-            sequences=self.recipe.calibration.sequences,
-            workers=workers,
-            advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
-        )
+        job = self._job(index, self.source.block(index), call, workers)
         paths = {role: self.directory.path / f"stream-{index + 1}-{role}.f32" for role in ("full", "quantized")}
         source_full, source = self._stream(state, "full"), self._stream(state, "quantized")
         full = Stream.create(paths["full"], self._shape())
@@ -269,15 +265,75 @@ class _Run:
         self._write_shard(state, index + 1, self._block_tensors(job, modules))
         full.finish()
         quantized.finish()
-        old = set(state.streams.values())
-        state.streams = {role: path.name for role, path in paths.items()}
         state.log.extend(entries)
         state.completed = index + 1
-        self._seal(state)
-        for name in old:
-            (self.directory.path / name).unlink()
+        self._exchange_streams(state, {role: path.name for role, path in paths.items()})
         self._write_log(state)
         self.reporter.block_done(index, entries)
+
+    def _job(self, index: int, block: torch.nn.Module, call: dict[str, Any], workers: Workers) -> BlockJob:
+        return BlockJob(
+            index=index,
+            depth=len(self.skeleton.blocks),
+            name=self.skeleton.block_name(index),
+            block=block,
+            sites=self.skeleton.sites(index),
+            layers={layer.name: layer for layer in self.plan.layers_of(index)},
+            recipe=self.searching.solving,
+            calls=call,
+            sequences=self.recipe.calibration.sequences,
+            workers=workers,
+            advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
+        )
+
+    def _exchange_streams(self, state: RunState, fresh: dict[str, str]) -> None:
+        """Seal the state with other streams in these roles, and remove those that have none any more."""
+        old = set(state.streams.values())
+        state.streams = {**state.streams, **fresh}
+        self._seal(state)
+        for name in old - set(state.streams.values()):
+            (self.directory.path / name).unlink()
+
+    def _tune(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> None:
+        """Tune the solved model, then pass the quantized stream through it once more and write its shards."""
+        recipe = self.recipe.tune
+        assert recipe is not None
+        tuner = Tuner(
+            self.source,
+            self.plan,
+            self.directory.path,
+            self._stream(state, "entry"),
+            self._stream(state, "full"),
+            calls,
+            workers,
+            self.reporter.advance,
+        )
+        intervals = -(-recipe.steps // recipe.interval)
+        progress = Progress(**state.tuning) if state.tuning else None
+        self.reporter.begin_tuning(intervals, len(progress.losses) - 1 if progress else 0)
+        while progress is None or not progress.finished(recipe.steps, recipe.patience):
+            progress = tuner.start() if progress is None else tuner.go_on(progress)
+            old, state.tuning = state.others(), progress.to_dict()
+            self.directory.save(state)
+            for name in old.keys() - state.others().keys():
+                (self.directory.path / name).unlink()
+            self.reporter.interval_done(len(progress.losses) - 1, intervals, [loss for _, loss in progress.losses])
+        if not state.rewritten:
+            state.streams["quantized"] = state.streams["entry"]
+        for index in range(state.rewritten, len(self.skeleton.blocks)):
+            tuned = tuner.best(progress, index)
+            self._write_shard(state, index + 1, tuned.shard(), tuned=True)
+            target = Stream.create(self.directory.path / f"stream-{index + 1}-tuned.f32", self._shape())
+            job = self._job(index, tuned.packed(), calls[index], workers)
+            job.advance = lambda step, share: self.reporter.advance(share / len(self.skeleton.blocks))
+            propagate(job, self._stream(state, "quantized"), target, None)
+            target.finish()
+            state.rewritten = index + 1
+            self._exchange_streams(state, {"quantized": target.path.name})
+
+    def _summary(self, state: RunState) -> dict[str, Any]:
+        """How the tuning went, for the manifest; empty where there was none."""
+        return {"tuning": Progress(**state.tuning).summary()} if state.tuning else {}
 
     def _block_tensors(self, job: BlockJob, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
         """Everything of shard `job.index + 1`: packed linears, and what stays as it was, in its stored dtype."""
@@ -296,11 +352,16 @@ class _Run:
                 packed[name] = torch.empty(0, dtype=shapes[name][0])
         return packed
 
-    def _write_shard(self, state: RunState, index: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard `index`, held to the plan: same tensors, same shapes, same size."""
+    def _write_shard(self, state: RunState, index: int, tensors: dict[str, Tensor], tuned: bool = False) -> None:
+        """Write shard `index`, held to the plan: same tensors, same shapes, same size. That of a block which is to be
+        tuned lies beside the artifact until then."""
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if shapes != self.plan.shards[index]:
             raise RunError(f"shard {index} is not what the plan says; this is a defect of bitwright, please report it")
+        if self.recipe.tune is not None and index > 0 and not tuned:
+            name = solved_name(index - 1)
+            state.solved[name] = write_shard(self.directory.path / name, tensors).sha256
+            return
         name = self.plan.shard_names()[index]
         state.shards[name] = asdict(write_shard(self.directory.artifact / name, tensors))
 
@@ -332,35 +393,6 @@ class _Run:
             (self.directory.path / old).unlink()
         return ratios
 
-    def _measure(self, state: RunState, workers: Workers) -> dict[str, Any]:
-        """Perplexity of both models on the windows that were carried along, from the streams after the last block."""
-        values = self.source.outer("after")
-        parts = {"calibration": range(self.recipe.calibration.sequences)}
-        if self.probes:
-            parts["evaluation"] = range(self.recipe.calibration.sequences, len(self.windows))
-        losses: dict[str, dict[str, float]] = {}
-        for role in ("full", "quantized"):
-            if role == "quantized":
-                values = with_outer_quantized(self.skeleton, values, self.plan.outer)
-            with head(self.skeleton, values) as logits:
-                stream = self._stream(state, role)
-
-                def unit(index: int, stream: Stream = stream, logits: Callable[[Tensor], Tensor] = logits) -> float:
-                    scores = logits(stream.read(index))[0, :-1]
-                    return float(torch.nn.functional.cross_entropy(scores, self.windows[index, 1:]))
-
-                losses[role] = {part: sum(workers.map(unit, indices)) / len(indices) for part, indices in parts.items()}
-        return {
-            part: {
-                "windows": len(indices),
-                "length": self.plan.length,
-                "loss_original": losses["full"][part],
-                "loss_quantized": losses["quantized"][part],
-                "excess": losses["quantized"][part] - losses["full"][part],
-            }
-            for part, indices in parts.items()
-        }
-
     def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any], ratios: Ratios) -> None:
         """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
         directory = self.directory.artifact
@@ -391,10 +423,12 @@ class _Run:
         write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
         write_index(directory, state.shards, self.plan.tensor_bytes)
         layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
-        found = {"search": state.search} if ratios else {}
-        write_card(directory, self.plan, layers, measured, facts, state.search)
+        found: dict[str, Any] = {"search": state.search} if ratios else {}
+        found.update(self._summary(state))
+        write_card(directory, self.plan, layers, measured, facts, state.search, found.get("tuning"))
         write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **found})
 
     def _write_log(self, state: RunState) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in state.log)
+        entries = [*state.log, *([self._summary(state)] if state.tuning else [])]
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
         write_text(self.log_file, lines)

@@ -26,8 +26,12 @@ STATE_NAME = "run.json"
 
 @dataclass
 class RunState:
-    """What run.json holds. `completed` blocks are done; `streams` are the inputs of the next block; `search` what is
-    known of clip ratios, an entry each."""
+    """What run.json holds. `completed` blocks are solved; `streams` are the inputs of the next block; `search` what is
+    known of clip ratios, an entry each.
+
+    Where the recipe tunes: `solved` are the sha256 of the shards before it, `tuning` is tune.Progress, and `rewritten`
+    blocks have gone into the artifact since it ended.
+    """
 
     fingerprint: dict[str, Any]
     completed: int = 0
@@ -36,6 +40,14 @@ class RunState:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)
+    solved: dict[str, str] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    rewritten: int = 0
+
+    def others(self) -> dict[str, str]:
+        """sha256 of the files of a tuning, by name."""
+        files: dict[str, str] = self.tuning.get("files", {})
+        return {**self.solved, **files}
 
 
 @contextlib.contextmanager
@@ -78,7 +90,7 @@ class RunDirectory:
 
     def is_ours(self) -> bool:
         """Whether the directory holds nothing but what runs leave there, and so may be cleaned."""
-        known = ("lock", STATE_NAME, "artifact", "stream-", "search-")
+        known = ("lock", STATE_NAME, "artifact", "stream-", "search-", "solved-", "tune-")
         return self.path.is_dir() and all(path.name.startswith(known) for path in self.path.iterdir())
 
     def load(self) -> RunState | None:
@@ -111,6 +123,9 @@ class RunDirectory:
         for role, digest in state.stream_sha256.items():
             self._check_file(self.path / state.streams[role], digest)
 
+        for name, digest in state.others().items():
+            self._check_file(self.path / name, digest)
+
     def _check_file(self, path: Path, sha256: str) -> None:
         if not path.exists():
             raise RunError(f"the unfinished run lacks {path}; add --restart to begin again")
@@ -119,7 +134,7 @@ class RunDirectory:
 
     def clean(self, state: RunState) -> None:
         """Remove what the state does not name: the rests of a block that was broken off."""
-        keep = {STATE_NAME, "lock", "artifact", *state.streams.values()}
+        keep = {STATE_NAME, "lock", "artifact", *state.streams.values(), *state.others()}
         for path in self.path.iterdir():
             if path.name not in keep:
                 path.unlink()

@@ -7,6 +7,7 @@ from bitwright.recipe.parts import OuterRecipe as OuterRecipe
 from bitwright.recipe.parts import OutlierCount as OutlierCount
 from bitwright.recipe.parts import SearchRecipe as SearchRecipe
 from bitwright.recipe.parts import TransformRecipe as TransformRecipe
+from bitwright.recipe.parts import TuneRecipe as TuneRecipe
 from bitwright.recipe.parts import WeightRecipe as WeightRecipe
 from bitwright.recipe.parts import outlier_count as outlier_count
 from bitwright.recipe.presets import DEFAULT as DEFAULT

@@ -245,6 +245,27 @@ class OuterRecipe(Part):
         return self
 
 
+class TuneRecipe(Part):
+    """After all blocks are solved, Adam on what is stored in real numbers, by the logits (docs/methods.md, Tuning).
+
+    Rates are what a step of Adam moves at first: a share of the largest level of a group, of the largest int8 weight of
+    a row, of the mean norm weight. They fall to 0 along a cosine. A rate of 0 leaves that part as it is.
+    """
+
+    steps: int = Field(96, ge=1, le=100_000, description="steps of Adam")
+    batch: int = Field(4, ge=1, le=1024, description="calibration sequences a step")
+    levels: float = Field(2e-3, ge=0.0, le=1.0, description="rate of levels and scales")
+    outliers: float = Field(2e-3, ge=0.0, le=1.0, description="rate of the int8 columns")
+    vectors: float = Field(2e-3, ge=0.0, le=1.0, description="rate of norms and biases")
+    codes: float = Field(0.0, ge=0.0, le=1.0, description="rate of the weights that codes are the nearest levels of")
+    held_back: float = Field(
+        0.125, gt=0.0, le=0.5, description="share of the calibration sequences that only judge; the best state is kept"
+    )
+    interval: int = Field(8, ge=1, description="steps between two judgements; a run that was killed goes on from one")
+    patience: int = Field(4, ge=1, description="judgements in sequence that are no better than the best end the tuning")
+    seed: int = Field(0, ge=0, description="of the order of the sequences")
+
+
 def outlier_count(columns: int, asked: OutlierCount) -> int:
     """Number of int8 input channels of a linear with `columns` inputs.
 

@@ -6,6 +6,7 @@ the fingerprint of a run and of the artifact.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from bitwright.recipe.parts import (
     Part,
     SearchRecipe,
     TransformRecipe,
+    TuneRecipe,
     WeightRecipe,
 )
 
@@ -38,6 +40,7 @@ class Recipe(Part):
     calibration: CalibrationRecipe = CalibrationRecipe()
     outer: OuterRecipe = OuterRecipe()
     search: SearchRecipe = SearchRecipe()
+    tune: TuneRecipe | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -58,6 +61,29 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Recipe:
+        if self.tune is None:
+            return self
+        if self.weights.kind in ("shared", "salient"):
+            what = "one table for a matrix" if self.weights.kind == "shared" else "two codebooks a group"
+            raise ValueError(
+                f"tune is for one codebook a row and group, and method '{self.weights.method}' has {what};"
+                " write tune = none"
+            )
+        if self.search.method != "none":
+            raise ValueError(
+                f"tune and search.method = '{self.search.method}' each start from the solved model;"
+                " write tune = none or search.method = 'none'"
+            )
+        if self.tune.codes and self.weights.kind != "free":
+            raise ValueError(
+                f"tune.codes needs free levels; write tune.codes = 0 with levels = '{self.weights.levels}'"
+            )
+        if self.calibration.sequences < 2:
+            raise ValueError("tune needs calibration.sequences of 2 or more: some are held back to judge")
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it. What came later is left out where it does nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")
@@ -73,6 +99,8 @@ class Recipe(Part):
             del data["transform"]["expansion"]
         if self.kv is not None and self.kv.clip == 1.0:
             del data["kv"]["clip"]
+        if self.tune is None:
+            del data["tune"]
         return data
 
     def to_json(self) -> str:
@@ -117,7 +145,7 @@ class Recipe(Part):
                 node = child
             if leaf not in node:
                 raise RecipeError(f"recipe: {unknown_key(key, node, leaf)}")
-            node[leaf] = value
+            node[leaf] = copy.deepcopy(value)  # later keys may reach into it
         return Recipe.from_dict(data)
 
 
@@ -126,7 +154,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, separator, value = (part.strip() for part in text.partition("="))
     if not separator or not key:
         raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
-    if value in ("none", "off") and key in ("kv", "activations"):
+    if value in ("none", "off") and key in ("kv", "activations", "tune"):
         return key, None
     try:
         return key, json.loads(value)

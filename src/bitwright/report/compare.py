@@ -94,6 +94,13 @@ class _Clock:
         self.lap()
         self._behind.block_done(index, entries)
 
+    def begin_tuning(self, intervals: int, completed: int) -> None:
+        self._behind.begin_tuning(intervals, completed)
+
+    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
+        self.lap()
+        self._behind.interval_done(number, intervals, losses)
+
 
 class Comparison:
     """One call of `bitwright compare`. Everything that can be refused is refused here, before any work."""
