@@ -294,7 +294,8 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
 
     Outside the blocks: embeddings or head in fp32, logits. Statistics: one block in fp32, its Hessians and one wave of
     site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers. Tuning: one block,
-    what its forward passes leave for the gradient, gradients of `threads` sequences, values and moments.
+    what its forward passes leave for the gradient, gradients of `threads` sequences, values and moments, beside
+    what stands behind the blocks.
     """
     tensors = skeleton.checkpoint.tensors
     before, after = (
@@ -316,10 +317,10 @@ def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, le
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
         worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
         if recipe.tune is not None:
-            passing = threads * 4 * length * 3 * sum(layer.spec.rows + layer.spec.columns for layer in own)
+            passing = threads * 4 * length * 6 * sum(layer.spec.rows + layer.spec.columns for layer in own)
             values = sum(_tuned_bytes(layer, recipe) for layer in own)
             gradients = threads * weights + (recipe.tune.batch + 1) * values
-            worst = max(worst, 2 * weights + passing + gradients + 3 * values)
+            worst = max(worst, 2 * weights + passing + gradients + 3 * values + outside)
     if recipe.search.method != "none":
         worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
