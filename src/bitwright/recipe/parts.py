@@ -252,11 +252,11 @@ class TuneRecipe(Part):
     a row, of the mean norm weight. They fall to 0 along a cosine. A rate of 0 leaves that part as it is.
     """
 
-    steps: int = Field(96, ge=1, le=100_000, description="steps of Adam")
+    steps: int = Field(64, ge=1, le=100_000, description="steps of Adam")
     batch: int = Field(4, ge=1, le=1024, description="calibration sequences a step")
-    levels: float = Field(2e-3, ge=0.0, le=1.0, description="rate of levels and scales")
-    outliers: float = Field(2e-3, ge=0.0, le=1.0, description="rate of the int8 columns")
-    vectors: float = Field(2e-3, ge=0.0, le=1.0, description="rate of norms and biases")
+    levels: float = Field(1.5e-3, ge=0.0, le=1.0, description="rate of levels and scales")
+    outliers: float = Field(1.5e-3, ge=0.0, le=1.0, description="rate of the int8 columns")
+    vectors: float = Field(1.5e-3, ge=0.0, le=1.0, description="rate of norms and biases")
     codes: float = Field(0.0, ge=0.0, le=1.0, description="rate of the weights that codes are the nearest levels of")
     held_back: float = Field(
         0.125, gt=0.0, le=0.5, description="share of the calibration sequences that only judge; the best state is kept"
