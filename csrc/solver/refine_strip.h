@@ -1,4 +1,4 @@
-// One block of columns refitted and exchanged (bitwright/solvers/refine.py, _improve), to be compiled for one instruction
+// One block of columns refitted and exchanged (bitwright/solvers/refine.py, improve), to be compiled for one instruction
 // set after another. `Madd` as in strip.h.
 #pragma once
 #include "refine.h"
@@ -6,24 +6,29 @@
 
 namespace bitwright {
 
+// gradient += left row, an outer product: left [16], row [width], gradient [width][16].
+template <typename Madd>
+BITWRIGHT_INLINE void add_row(const Refinement& r, const Vector (&left)[kVectors], const float* row, float* gradient) {
+  for (int64_t j = 0; j < r.width; ++j) {
+    const float f = row[j];
+    const Vector factor = {f, f, f, f, f, f, f, f};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      Vector sum;
+      load(gradient + j * kStripRows + 8 * v, sum);
+      Madd::add(left[v], factor, sum);
+      store(sum, gradient + j * kStripRows + 8 * v);
+    }
+  }
+}
+
 // gradient = residual S, each [width][16].
 template <typename Madd>
 BITWRIGHT_INLINE void gradient_strip(const Refinement& r, const float* residual, float* gradient) {
   std::memset(gradient, 0, static_cast<size_t>(r.width * kStripRows) * sizeof(float));
   for (int64_t c = 0; c < r.width; ++c) {
-    const float* row = r.square + c * r.width;
     Vector left[kVectors];
     for (int64_t v = 0; v < kVectors; ++v) load(residual + c * kStripRows + 8 * v, left[v]);
-    for (int64_t j = 0; j < r.width; ++j) {
-      const float f = row[j];
-      const Vector factor = {f, f, f, f, f, f, f, f};
-      for (int64_t v = 0; v < kVectors; ++v) {
-        Vector sum;
-        load(gradient + j * kStripRows + 8 * v, sum);
-        Madd::add(left[v], factor, sum);
-        store(sum, gradient + j * kStripRows + 8 * v);
-      }
-    }
+    add_row<Madd>(r, left, r.square + c * r.width, gradient);
   }
 }
 
@@ -83,16 +88,7 @@ BITWRIGHT_INLINE void descend_strip(const Refinement& r, const float* values, ui
     }
     if (!changed) continue;
     for (int64_t v = 0; v < kVectors; ++v) load(left + 8 * v, change[v]);
-    for (int64_t j = 0; j < r.width; ++j) {
-      const float f = row[j];
-      const Vector factor = {f, f, f, f, f, f, f, f};
-      for (int64_t v = 0; v < kVectors; ++v) {
-        Vector sum;
-        load(gradient + j * kStripRows + 8 * v, sum);
-        Madd::add(change[v], factor, sum);
-        store(sum, gradient + j * kStripRows + 8 * v);
-      }
-    }
+    add_row<Madd>(r, change, row, gradient);
   }
 }
 
