@@ -2,7 +2,7 @@
 
     python bench/ladder.py MODEL --calib FILE --text FILE
 
-Each rung is preset bwa with options; docs/methods.md lists them. Finished rungs are kept in --work and not run again.
+Each rung is preset bwa with options; docs/recipe.md lists them. Finished rungs are kept in --work and not run again.
 """
 
 from __future__ import annotations

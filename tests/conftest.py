@@ -22,6 +22,7 @@ from transformers.utils import logging
 import bitwright
 import support
 from bitwright.calibration import Text, read_text
+from refusals import Ground
 
 logging.disable_progress_bar()
 
@@ -183,6 +184,11 @@ def model_copy(models: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
         return Path(shutil.copytree(models[name], tmp_path / f"model-{name}"))
 
     return copy
+
+
+@pytest.fixture
+def ground(tmp_path: Path, models: dict[str, Path], artifact: Callable[..., Path], calibration_file: Path) -> Ground:
+    return Ground(tmp_path, models, artifact, calibration_file)
 
 
 @pytest.fixture(scope="session")

@@ -184,8 +184,8 @@ def test_grids_of_the_paper(
     assert [label for label in labels if "int8 channels" in label] == [f"{n} int8 channels" for n in (0, 16, 32)]
     assert rows["0 int8 channels"]["outliers"] == [0, 0]
     assert rows["32 int8 channels"]["outliers"] == [32, 32]
-    # The rungs are those that docs/methods.md lists.
-    listed = (support.REPO / "docs" / "methods.md").read_text().split("### The ablation ladder")[1].split("\n## ")[0]
+    # The rungs are those that docs/recipe.md lists.
+    listed = (support.REPO / "docs" / "recipe.md").read_text().split("## The ablation ladder")[1].split("\n## ")[0]
     rungs = re.findall(r"^\| ([^|]+) \| (?:`([^`]+)`|\(the preset\)) \|$", listed, re.MULTILINE)
     assert len(rungs) == 6
     common = {"calibration.sequences": 1, "calibration.length": 32}

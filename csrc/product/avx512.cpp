@@ -337,13 +337,9 @@ void product(const uint8_t* weights, const Geometry& g, const Activations& a, co
 
 void product_avx512(const uint8_t* weights, const Geometry& g, const Activations& a, const float* bias, float* y,
                     uint8_t* scratch, int64_t first, int64_t last) {
-  const auto run = [&](auto form) {
-    using Form = decltype(form);
-    (a.words ? product<Form, Words> : product<Form, Bytes>)(weights, g, a, bias, y, scratch, first, last);
-  };
-  if (g.stored() == 2) return run(Pairs{});
-  if (g.stored() == 8) return run(Form<8, false>{});
-  return g.table ? run(Form<4, true>{}) : run(Form<4, false>{});
+  with_form<Bytes, Words>(g, a, [&](auto form, auto inputs) {
+    product<decltype(form), decltype(inputs)>(weights, g, a, bias, y, scratch, first, last);
+  });
 }
 
 }  // namespace bitwright

@@ -16,4 +16,14 @@ using ProductFunction = void(const uint8_t* weights, const Geometry&, const Acti
 
 ProductFunction product_scalar, product_avx2, product_avx512, product_neon;
 
+// Which copy of a product serves these: run(form, inputs) with the form of the stored weights, and Narrow for inputs of
+// up to four bits, Wide beyond.
+template <typename Narrow, typename Wide, typename Run>
+void with_form(const Geometry& g, const Activations& a, Run run) {
+  const auto with = [&](auto form) { a.words ? run(form, Wide{}) : run(form, Narrow{}); };
+  if (g.stored() == 2) return with(Pairs{});
+  if (g.stored() == 8) return with(Form<8, false>{});
+  g.table ? with(Form<4, true>{}) : with(Form<4, false>{});
+}
+
 }  // namespace bitwright

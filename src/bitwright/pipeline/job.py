@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.artifact.layout import LayerSpec
 from bitwright.models import LinearInfo, SiteInfo
 from bitwright.pipeline.plan import LayerPlan
 from bitwright.recipe import Recipe
@@ -56,9 +57,8 @@ class BlockJob:
 
     def weights(self, site: SiteInfo, linear: LinearInfo, row: int, count: int) -> Tensor:
         """`count` rows of a linear's weights from `row` on, for inputs that went through `into`."""
-        weights = self.linear(linear).weight[row : row + count][:, self.orders[site.name]]
-        transform = self.layer(linear).spec.transform
-        return weights if transform is None else transform.apply(weights)
+        weights = self.linear(linear).weight[row : row + count]
+        return in_site_order(weights, self.orders[site.name], self.layer(linear).spec)
 
     def linear(self, linear: LinearInfo) -> nn.Linear:
         module = self.block.get_submodule(linear.name)
@@ -75,6 +75,12 @@ class BlockJob:
             arguments["past_key_values"] = QuantizedKVCache(self.depth, self.recipe.kv)
             arguments["use_cache"] = True
         return arguments
+
+
+def in_site_order(weights: Tensor, order: Tensor | None, spec: LayerSpec) -> Tensor:
+    """Rows of a linear's weights, fp32 [rows, columns], for inputs in site order (None: as they are), transformed."""
+    weights = weights if order is None else weights[:, order]
+    return weights if spec.transform is None else spec.transform.apply(weights)
 
 
 def view_of(block: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import transformers
 from torch import Tensor
 
 import bitwright
-from bitwright.artifact.card import write_card
-from bitwright.artifact.layout import FORMAT_VERSION, QUANT_METHOD, requirements
-from bitwright.artifact.manifest import read_manifest, write_index, write_manifest
+from bitwright.artifact.manifest import read_manifest
 from bitwright.artifact.shards import write_shard, write_text
 from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
 from bitwright.errors import BitwrightError, RunError
@@ -24,6 +21,7 @@ from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed
 from bitwright.pipeline.block import propagate, solve_sites
+from bitwright.pipeline.finish import finish
 from bitwright.pipeline.job import SHARES, BlockJob
 from bitwright.pipeline.measure import measure
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
@@ -31,7 +29,7 @@ from bitwright.pipeline.plan import Plan, check_disk, plan_for
 from bitwright.pipeline.reporter import Reporter as Reporter
 from bitwright.pipeline.reporter import Silent as Silent
 from bitwright.pipeline.search import PackedBlocks, Ratios
-from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows, with_ratios
+from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows
 from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
@@ -39,18 +37,6 @@ from bitwright.pipeline.tune import Progress, Tuner, solved_name
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedLinear
 from bitwright.workers import Workers
-
-# Files of the model directory that go along: what from_pretrained, generate and chat read beside the weights.
-CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -176,7 +162,8 @@ class _Run:
                 ratios = self._search(state, calls, workers)
                 streams = {role: self._stream(state, role) for role in ("full", "quantized")}
                 measured = measure(self.source, self.plan, streams, self.windows, workers)
-            self._finish(state, facts, measured, ratios)
+            found = self._summary(state)
+            finish(self.directory.artifact, self.skeleton, self.plan, state, facts, measured, ratios, found)
             self._write_log(state)
             self.directory.publish()
         return Quantized(self.output, self.plan, state.log, measured, self._summary(state).get("tuning"))
@@ -393,41 +380,6 @@ class _Run:
             self._seal(state)
             (self.directory.path / old).unlink()
         return ratios
-
-    def _finish(self, state: RunState, facts: dict[str, Any], measured: dict[str, Any], ratios: Ratios) -> None:
-        """Config, tokenizer, index, card and manifest: the small files that make shards an artifact."""
-        directory = self.directory.artifact
-        for pattern in CARRIED:
-            for path in sorted(self.checkpoint.directory.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, directory / path.name)
-        config = dict(self.checkpoint.config)
-        config["architectures"] = [self.skeleton.name]
-        if self.plan.unties:
-            config["tie_word_embeddings"] = False
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "requires": requirements(
-                (layer.spec for layer in self.plan.layers),
-                outer=bool(self.plan.outer),
-                symmetric_inputs=self.recipe.activations is not None and self.recipe.activations.symmetric,
-                clips=bool(ratios),
-            ),
-            "recipe": self.recipe.to_dict(),
-            "layers": {layer.name: layer.spec.to_dict() for layer in self.plan.layers},
-        }
-        if ratios:
-            config["quantization_config"].update(with_ratios(self.skeleton, self.plan, ratios))
-        if self.plan.outer:
-            config["quantization_config"]["outer"] = {name: spec.to_dict() for name, spec in self.plan.outer.items()}
-        write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
-        write_index(directory, state.shards, self.plan.tensor_bytes)
-        layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
-        found: dict[str, Any] = {"search": state.search} if ratios else {}
-        found.update(self._summary(state))
-        write_card(directory, self.plan, layers, measured, facts, state.search, found.get("tuning"))
-        write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **found})
 
     def _write_log(self, state: RunState) -> None:
         entries = [*state.log, *([self._summary(state)] if state.tuning else [])]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from bitwright.models import LinearInfo, SiteInfo, Skeleton
+from bitwright.models import SiteInfo, Skeleton
 from bitwright.models.passes import run_block
+from bitwright.pipeline.job import in_site_order
 from bitwright.pipeline.plan import Plan
 from bitwright.pipeline.straight import Site, StraightKVCache, StraightLinear
 from bitwright.pipeline.tuned import Tuned, TunedMatrix, TunedVector, Values
@@ -64,7 +65,10 @@ class TunableBlock:
         self.sites.append(site)
         for linear in info.linears:
             module = self.modules[linear.name]
-            target = None if original is None else _in_site_order(original, linear, module)
+            target = None
+            if original is not None:
+                weights = original.get_parameter(f"{linear.name}.weight").detach()
+                target = in_site_order(weights, module.order, module.spec)
             self.tuned[f"{linear.name}.weight"] = TunedMatrix(module.matrix(), target)
             if linear.bias:
                 dtype = self.tensors[f"{self.prefix}.{linear.name}.bias"].dtype
@@ -156,12 +160,6 @@ class TunableBlock:
         for name, module in self.modules.items():
             self.block.set_submodule(name, module)
         return self.block
-
-
-def _in_site_order(original: nn.Module, linear: LinearInfo, module: QuantizedLinear) -> Tensor:
-    weights = original.get_parameter(f"{linear.name}.weight").detach()
-    weights = weights if module.order is None else weights[:, module.order]
-    return weights if module.spec.transform is None else module.spec.transform.apply(weights)
 
 
 def plain(values: Any) -> Any:

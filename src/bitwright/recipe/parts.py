@@ -253,7 +253,7 @@ class OuterRecipe(Part):
 
 
 class TuneRecipe(Part):
-    """After all blocks are solved, Adam on what is stored in real numbers, by the logits (docs/methods.md, Tuning).
+    """After all blocks are solved, Adam on what is stored in real numbers, by the logits (docs/tuning.md).
 
     Rates are what a step of Adam moves at first: a share of the largest level of a group, of the largest int8 weight of
     a row, of the mean norm weight. They fall to 0 along a cosine. A rate of 0 leaves that part as it is.

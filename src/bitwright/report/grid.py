@@ -59,7 +59,7 @@ def _table1(_: int) -> list[tuple[str, str]]:
     ]
 
 
-# Preset bwa taken apart; docs/methods.md says what each option is.
+# Preset bwa taken apart; docs/recipe.md says what each option is.
 _PLAIN = "weights.importance=none,activations.balance=none"
 _GPTQ1 = f"weights.bits=1,weights.levels=minmax,weights.feedback=column,{_PLAIN}"
 

@@ -1,0 +1,287 @@
+"""Damaged artifacts, impossible outputs: one line naming the thing, code 1, no traceback, nothing that looks whole.
+
+Every case goes through the command line. Where a command writes, the output directory must not exist afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bitwright
+import support
+from bitwright import codebook
+from refusals import INDEX, WEIGHTS, Arguments, Case, Cases, Ground, check_case, check_refusal
+
+case = Cases()
+
+
+# --- damaged artifacts ------------------------------------------------------------------------------------------------
+
+
+def artifact_case(name: str, change: Callable[[dict[str, Any]], Any], *words: str) -> None:
+    """A case: `change` of quantization_config in the artifact's config.json."""
+
+    def prepare(ground: Ground) -> Arguments:
+        directory = ground.quantized()
+        support.edit_json(directory / "config.json", lambda config: change(config["quantization_config"]))
+        return ground.generate(directory)
+
+    case(name, *words)(prepare)
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def layer(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda config: config["layers"][LAYER].update(changes)
+
+
+artifact_case("format_too_new", lambda c: c.update(format_version=2), "format version 2", "upgrade bitwright")
+artifact_case("format_no_number", lambda c: c.update(format_version="one"), "format_version 'one'")
+artifact_case("feature_unknown", lambda c: c.update(requires=["lattice"]), "format feature 'lattice'", "upgrade")
+artifact_case("layers_empty", lambda c: c.update(layers={}), "names no layers")
+artifact_case("layers_a_list", lambda c: c.update(layers=[LAYER]), "names no layers")
+artifact_case("layer_without_a_key", lambda c: c["layers"][LAYER].pop("group"), f"layer {LAYER} without group")
+artifact_case("layer_is_null", lambda c: c["layers"].update({LAYER: None}), f"layer {LAYER} by None")
+artifact_case("layer_with_words_for_numbers", layer(rows="72"), LAYER, "rows = '72'")
+artifact_case("layer_with_group_0", layer(group=0), LAYER, "group = 0")
+artifact_case("layer_of_other_shape", layer(rows=80), f"{LAYER}.codes", "[2, 72, 7]", "[2, 80, 7]")
+artifact_case("layer_of_all_outliers", layer(outliers=72), LAYER, "outliers = 72 of 72")
+artifact_case(
+    "feature_of_another_kind", lambda c: c.update(requires=["salient", "trellis"]), "format feature 'trellis'"
+)
+artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
+artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
+artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
+artifact_case(
+    "layer_that_the_model_has_not",
+    lambda c: c["layers"].update({"model.layers.9.mlp.up_proj": c["layers"]["model.layers.0.mlp.up_proj"]}),
+    "model.layers.9.mlp.up_proj",
+)
+artifact_case("recipe_inside_damaged", lambda c: c["recipe"].update(grup=3), "quantization_config.recipe", "'grup'")
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def shard_case(name: str, change: Callable[[Path], None], *words: str) -> None:
+    def prepare(ground: Ground) -> Arguments:
+        directory = ground.quantized()
+        change(directory)
+        return ground.generate(directory)
+
+    case(name, *words)(prepare)
+
+
+def without_tensor(tensor: str) -> Callable[[Path], None]:
+    """The weight file and the index agree that there is no such tensor."""
+
+    def change(directory: Path) -> None:
+        support.rewrite_safetensors(directory / SHARD, lambda entries: entries.pop(tensor))
+        support.edit_json(directory / INDEX, lambda index: index["weight_map"].pop(tensor))
+
+    return change
+
+
+def other_dtype(entries: dict[str, Any]) -> None:
+    dtype, shape, raw = entries[f"{LAYER}.scales"]
+    assert dtype == "F16"
+    entries[f"{LAYER}.scales"] = ("BF16", shape, raw)
+
+
+shard_case("shard_of_artifact_missing", lambda d: (d / SHARD).unlink(), SHARD, "is missing")
+shard_case("shard_of_artifact_cut", lambda d: os.truncate(d / SHARD, 9000), SHARD, "truncated")
+for _part in ("codes", "levels", "scales", "permutation", "outliers", "outlier_scales", "weight"):
+    shard_case(f"artifact_without_{_part}", without_tensor(f"{LAYER}.{_part}"), f"{LAYER}.{_part}", "is missing")
+shard_case(
+    "artifact_without_norm",
+    without_tensor("model.layers.0.input_layernorm.weight"),
+    "lacks 1 of",
+    "model.layers.0.input_layernorm.weight",
+)
+shard_case(
+    "artifact_with_another_dtype",
+    lambda d: support.rewrite_safetensors(d / SHARD, other_dtype),
+    f"{LAYER}.scales",
+    "BF16",
+    "F16",
+)
+
+
+def other_config(name: str, change: Callable[[dict[str, Any]], Any], *words: str) -> None:
+    def prepare(ground: Ground) -> Arguments:
+        directory = ground.quantized()
+        support.edit_json(directory / "config.json", change)
+        return ground.generate(directory)
+
+    case(name, *words)(prepare)
+
+
+other_config(
+    "artifact_config_of_fewer_blocks", lambda c: c.update(num_hidden_layers=1), "model.layers.1.self_attn.q_proj"
+)
+other_config("artifact_config_of_other_width", lambda c: c.update(intermediate_size=150), "150 x 72", "140 x 72")
+other_config("artifact_config_of_other_vocabulary", lambda c: c.update(vocab_size=200), "embed_tokens", "[200, 72]")
+other_config(
+    "artifact_without_method", lambda c: c["quantization_config"].pop("quant_method"), "cannot load", "quant_method"
+)
+other_config("artifact_without_quantization", lambda c: c.pop("quantization_config"), "down_proj.weight", "shape [0]")
+
+
+def nan_scale(entries: dict[str, Any]) -> None:
+    dtype, shape, raw = entries[f"{LAYER}.scales"]
+    entries[f"{LAYER}.scales"] = (dtype, shape, b"\xff\xff" + raw[2:])
+
+
+shard_case(
+    "artifact_with_a_scale_that_is_nan",
+    lambda d: support.rewrite_safetensors(d / SHARD, nan_scale),
+    f"tensor {LAYER}.scales",
+    "NaN or infinite values",
+)
+
+
+@case("manifest_damaged", "bitwright_manifest.json has changed since it was written")
+def _(ground: Ground) -> Arguments:
+    directory = ground.quantized()
+    support.edit_json(directory / "bitwright_manifest.json", lambda manifest: manifest["files"].pop(SHARD))
+    return ["verify", directory]
+
+
+@case("manifest_not_json", "bitwright_manifest.json is not valid JSON")
+def _(ground: Ground) -> Arguments:
+    directory = ground.quantized()
+    (directory / "bitwright_manifest.json").write_text("")
+    return ["verify", directory]
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+@case("output_below_a_file", "cannot write to", "calibration.txt")
+def _(ground: Ground) -> Arguments:
+    return ["quantize", ground.models["llama"], ground.calib / "out", "--calib", ground.calib, "--length", "32"]
+
+
+@case("output_where_nothing_can_be_written", "cannot write to /proc/")
+def _(ground: Ground) -> Arguments:
+    return ["quantize", ground.models["llama"], "/proc/bitwright-out", "--calib", ground.calib, "--length", "32"]
+
+
+# The log stands outside of the output and is written after the first block.
+@case("log_where_nothing_can_be_written", "log.jsonl")
+def _(ground: Ground) -> Arguments:
+    return ground.quantize(None, "--log", ground.tmp / "no" / "such" / "folder" / "log.jsonl")
+
+
+@pytest.mark.parametrize("bad", case, ids=case.names)
+def test_bad_input(bad: Case, ground: Ground) -> None:
+    check_case(bad, ground)
+
+
+# --- an output in the way: it stays as it is -----------------------------------------------------------------------
+
+
+def test_foreign_directory_in_the_way(ground: Ground) -> None:
+    ground.out.mkdir()
+    (ground.out / "thesis.txt").write_text("years of work")
+    check_refusal(support.run_cli(*ground.quantize()), str(ground.out), "is no finished artifact")
+    check_refusal(support.run_cli(*ground.quantize(None, "--restart")), str(ground.out), "is no finished artifact")
+    assert support.tree(ground.out).keys() == {"thesis.txt"}
+
+
+def test_file_in_the_way(ground: Ground) -> None:
+    ground.out.write_text("years of work")
+    check_refusal(support.run_cli(*ground.quantize()), str(ground.out), "is no finished artifact")
+    assert ground.out.read_text() == "years of work"
+
+
+def test_demo_output_in_the_way(ground: Ground) -> None:
+    if not (Path(bitwright.__file__).parent / "demo" / "model" / WEIGHTS).exists():
+        pytest.skip("the demo model is not in this checkout")
+    ground.out.mkdir()
+    check_refusal(support.run_cli("demo", "--out", ground.out), str(ground.out), "is no finished artifact")
+
+
+def test_locked_run_directory(ground: Ground) -> None:
+    import fcntl
+
+    run = ground.tmp / "out.run"
+    run.mkdir()
+    with (run / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        check_refusal(support.run_cli(*ground.quantize()), "another run is at work in", "out.run")
+    assert support.run_cli(*ground.quantize()).code == 0
+
+
+# --- a disk that is full -------------------------------------------------------------------------------------------
+
+
+def test_too_little_disk_is_refused_before_it_starts(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(ground.tmp)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    check_refusal(support.run_cli(*ground.quantize()), "out.run has 0.00 GB free", "the run needs")
+    assert not ground.out.exists()
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes; the system's answer is an error, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [
+        (60_000, "model-00001-of-00003.safetensors"),  # embeddings of 86 kB
+        (100_000, "stream-0.f32"),  # 6 x 64 x 72 values
+        (150_000, None),
+    ],
+)
+def test_disk_full(size: int, file: str | None, ground: Ground) -> None:
+    """The file that could not be written is named, no output appears, and with more room the run goes on."""
+    command = ground.quantize(None, "--preset", "bwa", "--sequences", "6", "--length", "64")
+    with files_up_to(size):
+        outcome = support.run_cli(*command)
+    if file:
+        check_refusal(outcome, file, "File too large")
+        assert not ground.out.exists()
+        assert not list(ground.tmp.rglob("*.tmp"))
+    else:
+        assert outcome.code == 0
+    assert support.run_cli(*command).code == 0
+    assert support.tree(ground.out) == support.tree(ground.artifact())
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_from_the_keyboard(ground: Ground) -> None:
+    """Ctrl-C: one line that says how to go on, and exit code 130."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        outcome = support.run_cli(*ground.quantize(None, "--sequences", "300", "--length", "128", "--threads", "1"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert outcome.code == 130
+    assert outcome.message == "interrupted; the same command goes on where it stopped"
+    assert not ground.out.exists()
