@@ -32,12 +32,13 @@ IDEAS: dict[str, tuple[str, ...]] = {
     "refinement": ("weights.refine",),
     "re-forward": ("calibration.reforward",),
     "asymmetric target": ("calibration.asymmetry",),
+    "residual correction": ("calibration.residual",),
     "Hadamard in each group": ("transform.hadamard",),
 }
 
 
 def value_at(recipe: Recipe, key: str) -> Any:
-    found: Any = recipe.to_dict()
+    found: Any = recipe.model_dump(mode="json")
     for part in key.split("."):
         found = found[part]
     return found
@@ -52,7 +53,7 @@ def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]
     """(section, label, recipe) of every row."""
     base, best = preset(BASE), preset(BEST)
     names = list(IDEAS)
-    left = {key for key in _keys(base.to_dict()) if value_at(base, key) != value_at(best, key)}
+    left = {key for key in _keys(base.model_dump(mode="json")) if value_at(base, key) != value_at(best, key)}
     if missing := left - {"name"} - {key for keys in IDEAS.values() for key in keys}:
         raise SystemExit(f"presets {BASE} and {BEST} differ in {', '.join(sorted(missing))}, which no idea names")
     for idea in names:

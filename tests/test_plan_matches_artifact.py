@@ -148,6 +148,21 @@ def test_json_is_one_object_with_the_same_numbers(models: dict[str, Path]) -> No
     assert all(layer["outliers"] == 8 for layer in said["layers"])
 
 
+def test_little_calibration_is_said(models: dict[str, Path]) -> None:
+    """140 inputs are the most here: 8 tokens for each are 1,120, and 17 segments of 64 are 1,088."""
+    notes = {
+        (preset, count): bitwright.plan(
+            models["llama"],
+            bitwright.preset(preset).with_options({"calibration.sequences": count, "calibration.length": 64}),
+        ).notes
+        for preset, count in [("bitwright", 17), ("bitwright", 18), ("rtn", 1)]
+    }
+    (note,) = notes["bitwright", 17]
+    for part in ("1,088 tokens", "140 inputs", "calibration.sequences = 18"):
+        assert part in note
+    assert notes["bitwright", 18] == notes["rtn", 1] == ()
+
+
 def test_a_group_without_a_matrix_is_refused(models: dict[str, Path]) -> None:
     recipe = bitwright.preset("bwa").with_options({"transform.hadamard": "group", "weights.group": 184})
     with pytest.raises(RecipeError, match=r"no matrix for weights\.group = 184; write 8 or 192"):

@@ -146,7 +146,7 @@ def test_broken_off_in_every_stage(run: Run, unbroken: Path, recipe: bitwright.R
         run(resumed)
         assert support.tree(tmp_path / "out") == expected, (method, at)
         assert not (tmp_path / "out.run").exists()
-        assert resumed.notes[0].startswith("resuming: "), (method, at)
+        assert any(note.startswith("resuming: ") for note in resumed.notes), (method, at)
         # What was done is not done again.
         done = 2 if (method, at) == ("block_done", 2) else int(method == "block_done" or at > 13)
         assert resumed.calls.get("block_done", 0) == 2 - done, (method, at)

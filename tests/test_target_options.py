@@ -76,3 +76,28 @@ def test_aiming_at_the_full_precision_outputs_gets_nearer_to_them(
         result = bitwright.quantize(models["mistral"], tmp_path / str(share), recipe, calibration)
         distance[share] = result.log[-1]["stream_error"]
     assert distance[asymmetry] < distance[0.0]
+
+
+def test_the_first_writer_has_nothing_to_make_up_for(
+    plain: Any, models: dict[str, Path], calibration: Text, tmp_path: Path
+) -> None:
+    """Up to the first linear that writes to the stream both streams are one; the second sees what the first did."""
+    options = {"calibration__reforward": True, **WEIGHTS_ONLY}
+    without = solved(models["llama_biases"], tmp_path / "without", calibration, **options)
+    found = solved(models["llama_biases"], tmp_path / "out", calibration, calibration__residual=1.0, **options)
+    for name in found:
+        if ".layers.0." in name:
+            assert same(found[name], without[name]) == (not name.endswith("down_proj")), name
+
+
+@pytest.mark.parametrize("model", ["mistral", "qwen2"])
+def test_making_up_for_the_stream_brings_it_nearer(
+    models: dict[str, Path], calibration: Text, tmp_path: Path, model: str
+) -> None:
+    distance = {}
+    for share in (0.0, 0.5, 1.0):
+        options = {**support.SMALL, "calibration.reforward": True, "calibration.residual": share, "weights.refine": 1}
+        recipe = bitwright.preset("bwa").with_options(options)
+        result = bitwright.quantize(models[model], tmp_path / str(share), recipe, calibration)
+        distance[share] = result.log[-1]["stream_error"]
+    assert distance[1.0] < distance[0.5] < distance[0.0]

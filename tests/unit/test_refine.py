@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
 from bitwright.recipe import WeightRecipe
-from bitwright.solvers import SOLVERS, asymmetric_target, factorize, input_drift, native
+from bitwright.solvers import SOLVERS, asymmetric_target, factorize, input_drift, native, residual_correction
 from bitwright.solvers.feedback import find_levels, solve_rows
 from bitwright.solvers.levels import GridLevels, nearest
 from bitwright.solvers.refine import _descend, _refit, improve_reference, refine
@@ -146,6 +146,17 @@ def test_the_asymmetric_target_is_the_ridge_regression(damping: float) -> None:
     assert torch.allclose(asymmetric_target(weights, input_drift(x.T @ x, factor), factor, 1.0), weights, atol=1e-4)
     with pytest.raises(ValueError, match="damped Hessian"):
         input_drift(full.T @ x, dataclasses.replace(factor, hessian=None))
+
+
+def test_the_residual_correction_is_the_ridge_regression() -> None:
+    x, strayed = correlated(10, 1, tokens=80), gaussian(80, 4, seed=5)
+    factor = factorize(x.T @ x, 0.02, "none", keep_hessian=True)
+    left = np.vstack([x.double().numpy(), np.sqrt(factor.shift) * np.eye(10)])
+    right = np.vstack([strayed.double().numpy(), np.zeros((10, 4))])
+    best = np.linalg.lstsq(left, right, rcond=None)[0].T
+    found = residual_correction(strayed.T @ x, factor, 1.0).double().numpy()
+    assert found == pytest.approx(best, rel=1e-3, abs=1e-5)
+    assert residual_correction(strayed.T @ x, factor, 0.25).double().numpy() == pytest.approx(found / 4, rel=1e-5)
 
 
 @needs_native

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.calibration import HessianSum
+from bitwright.calibration import HessianSum, row_blocks
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers import factorize, join_rows
 from bitwright.solvers.feedback import solve_rows
@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         with Workers(threads) as workers:
             total = HessianSum(columns)
             for part in x.split(30):
-                workers.map(lambda row, part=part: total.add_rows(row, part), total.row_blocks())
+                workers.map(lambda row, part=part: total.add_rows(row, part), row_blocks(columns))
                 total.sequences += 1
             hessian = total.finish()
             factor = factorize(hessian, 0.01, "conditional")

@@ -1,7 +1,9 @@
 """Text to token windows, and statistics of what they make a site see."""
 
+from bitwright.calibration.statistics import CrossSum as CrossSum
 from bitwright.calibration.statistics import HessianSum as HessianSum
 from bitwright.calibration.statistics import channel_energy as channel_energy
+from bitwright.calibration.statistics import row_blocks as row_blocks
 from bitwright.calibration.statistics import wave_sequences as wave_sequences
 from bitwright.calibration.streams import Stream as Stream
 from bitwright.calibration.text import Text as Text

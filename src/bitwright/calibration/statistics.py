@@ -13,43 +13,45 @@ from torch import Tensor
 ROW_BLOCK = 512
 
 
+def row_blocks(rows: int) -> range:
+    """First rows of the blocks that are independent units of work."""
+    return range(0, rows, ROW_BLOCK)
+
+
 class HessianSum:
-    """Sum of X^T X [channels, channels], its upper triangle built in blocks of rows that are independent units.
+    """Sum of X^T X [channels, channels], its upper triangle built in blocks of rows."""
 
-    With `cross`, beside it the sum of X_full^T X, X_full the inputs of the full-precision model for the same tokens.
-    """
-
-    def __init__(self, channels: int, cross: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         self.total = torch.zeros(channels, channels)
-        self.cross = torch.zeros(channels, channels) if cross else None
         self.sequences = 0
-
-    def row_blocks(self) -> range:
-        return range(0, self.total.shape[0], ROW_BLOCK)
 
     def add_rows(self, start: int, x: Tensor) -> None:
         """Add one row block's share of x, fp32 [tokens, channels]."""
         stop = min(start + ROW_BLOCK, self.total.shape[0])
         self.total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
-    def add_cross(self, start: int, full: Tensor, x: Tensor) -> None:
-        """Add one row block's share of full^T x, both fp32 [tokens, channels], to `cross`."""
-        if self.cross is None:
-            raise ValueError("this sum was not asked for a cross term")
-        stop = min(start + ROW_BLOCK, self.cross.shape[0])
-        self.cross[start:stop].addmm_(full[:, start:stop].T, x)
-
-    def finish_cross(self) -> Tensor:
-        """(2 / N) X_full^T X. Raises ValueError where none was asked for."""
-        if self.cross is None:
-            raise ValueError("this sum was made without the full-precision inputs")
-        return self.cross.mul_(2.0 / max(self.sequences, 1))
-
     def finish(self) -> Tensor:
         """H = (2 / N) X^T X, symmetric."""
         upper = self.total.triu_()
         upper += upper.triu(1).T
         return upper.mul_(2.0 / max(self.sequences, 1))
+
+
+class CrossSum:
+    """Sum of Y^T X [rows, channels] over the same tokens, built in blocks of rows."""
+
+    def __init__(self, rows: int, channels: int) -> None:
+        self.total = torch.zeros(rows, channels)
+        self.sequences = 0
+
+    def add_rows(self, start: int, y: Tensor, x: Tensor) -> None:
+        """Add one row block's share of y^T x, fp32 [tokens, rows] and [tokens, channels]."""
+        stop = min(start + ROW_BLOCK, self.total.shape[0])
+        self.total[start:stop].addmm_(y[:, start:stop].T, x)
+
+    def finish(self) -> Tensor:
+        """(2 / N) Y^T X."""
+        return self.total.mul_(2.0 / max(self.sequences, 1))
 
 
 def channel_energy(x: Tensor) -> Tensor:

@@ -6,3 +6,4 @@ from bitwright.models.frame import context_length as context_length
 from bitwright.models.sites import LinearInfo as LinearInfo
 from bitwright.models.sites import SiteInfo as SiteInfo
 from bitwright.models.skeleton import Skeleton as Skeleton
+from bitwright.models.writers import ENTRY as ENTRY

@@ -155,3 +155,14 @@ def run_block(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     """Hidden states after `block`; blocks of some models return them in a tuple."""
     output = block(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def to_meta(value: Any) -> Any:
+    """What a block is called with, its tensors without their data."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {key: to_meta(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_meta(item) for item in value)
+    return value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import ModelError
 from bitwright.models.frame import Frame
-from bitwright.models.passes import first_line, run_block
+from bitwright.models.passes import first_line, run_block, to_meta
 
 # Names by which the four sites of the usual decoder block are known; others are named after their linears.
 SITE_NAMES = {
@@ -88,7 +88,7 @@ def find_sites(frame: Frame, index: int, hidden: Tensor, kwargs: dict[str, Any])
         probe.get_submodule(name).register_forward_pre_hook(hook(name))
     try:
         with torch.inference_mode():
-            run_block(probe, hidden.to("meta"), _to_meta(kwargs))
+            run_block(probe, hidden.to("meta"), to_meta(kwargs))
     except Exception as problem:
         raise ModelError(f"{where} is not supported: it does not run on its own: {first_line(problem)}") from None
     called_once = [name for _, name in order]
@@ -109,13 +109,3 @@ def find_sites(frame: Frame, index: int, hidden: Tensor, kwargs: dict[str, Any])
 def _site_name(members: list[LinearInfo]) -> str:
     leaves = tuple(member.name.rpartition(".")[2] for member in members)
     return SITE_NAMES.get(leaves, "_".join(leaves))
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_meta(item) for item in value)
-    return value

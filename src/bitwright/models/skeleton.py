@@ -20,6 +20,7 @@ from bitwright.models.checkpoint import Checkpoint
 from bitwright.models.frame import Frame
 from bitwright.models.passes import Call, first_line, materialized, record_calls
 from bitwright.models.sites import SiteInfo, find_linears, find_sites
+from bitwright.models.writers import find_writers
 
 
 class Skeleton(Frame):
@@ -142,6 +143,10 @@ class Skeleton(Frame):
         if index not in self._sites:
             self._sites[index] = find_sites(self, index, *self.calls()[index])
         return self._sites[index]
+
+    def writers(self, index: int) -> dict[str, str]:
+        """Linears of block `index` that write to the residual stream, and where it passes (`find_writers`)."""
+        return find_writers(self.blocks[index], *self.calls()[index])
 
     def calls(self) -> list[Call]:
         """Inputs that each block gets from the model for a short dummy sequence; the weights are zeros."""

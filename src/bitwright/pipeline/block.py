@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.calibration import HessianSum, Stream
+from bitwright.calibration import Stream
 from bitwright.models import LinearInfo, SiteInfo
 from bitwright.models.passes import run_block
 from bitwright.pipeline.job import BlockJob, view_of
-from bitwright.pipeline.sums import measure_sums
+from bitwright.pipeline.sums import SiteSums, measure_sums
 from bitwright.runtime import QuantizedLinear, dense_weights
 from bitwright.solvers import (
     SOLVERS,
@@ -32,6 +32,7 @@ from bitwright.solvers import (
     join_rows,
     native,
     output_error,
+    residual_correction,
 )
 
 ROW_CHUNK = 256
@@ -78,15 +79,16 @@ def factorize_sites(job: BlockJob, sites: tuple[SiteInfo, ...], hessians: dict[s
 
 
 def solve_block(
-    job: BlockJob, sites: tuple[SiteInfo, ...], sums: dict[str, HessianSum]
+    job: BlockJob, sites: tuple[SiteInfo, ...], sums: dict[str, SiteSums]
 ) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
     """Step 3 for some sites: quantized modules by their name in the block, and a log entry for each."""
     solver = SOLVERS[job.recipe.weights.method]
-    weights_recipe, asymmetry = job.recipe.weights, job.recipe.calibration.asymmetry
+    weights_recipe, calibration = job.recipe.weights, job.recipe.calibration
 
-    hessians = {name: total.finish() for name, total in sums.items()}
+    hessians = {name: total.hessian.finish() for name, total in sums.items()}
     factors = factorize_sites(job, sites, hessians)
-    drifts = {name: input_drift(total.finish_cross(), factors[name]) for name, total in sums.items() if asymmetry}
+    drifts = {name: input_drift(total.cross.finish(), factors[name]) for name, total in sums.items() if total.cross}
+    strayed = {name: part.finish() for total in sums.values() for name, part in total.strayed.items()}
     # Where all rows share a table, or the choice of the salient columns, all are solved together.
     together = weights_recipe.kind in ("shared", "salient")
     chunk = max(info.rows for site in sites for info in site.linears) if together else ROW_CHUNK
@@ -97,7 +99,11 @@ def solve_block(
         began = time.perf_counter()
         weights = job.weights(site, linear, row, chunk)
         factor = factors[site.name]
-        aim = asymmetric_target(weights, drifts[site.name], factor, asymmetry) if asymmetry else weights
+        aim = weights
+        if calibration.asymmetry:
+            aim = asymmetric_target(weights, drifts[site.name], factor, calibration.asymmetry)
+        if linear.name in strayed:
+            aim = aim + residual_correction(strayed[linear.name][row : row + chunk], factor, calibration.residual)
         matrix = solver(aim, factor, job.outliers(site), weights_recipe)
         lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
         job.advance("solve", 1 / len(tasks) * len(sites) / len(job.sites))

@@ -32,6 +32,7 @@ class BlockJob:
     name: str
     block: nn.Module
     sites: tuple[SiteInfo, ...]
+    writers: dict[str, str]
     layers: dict[str, LayerPlan]
     recipe: Recipe
     calls: dict[str, Any]

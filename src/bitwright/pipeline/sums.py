@@ -1,17 +1,18 @@
-"""Statistics of a block's sites: channel energies of the full-precision stream, Hessians of the quantized one."""
+"""Statistics of a block's sites: channel energies of the full-precision stream, and sums over both streams."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.activations import quantize_site
-from bitwright.calibration import HessianSum, Stream, channel_energy, wave_sequences
-from bitwright.models import SiteInfo
+from bitwright.calibration import CrossSum, HessianSum, Stream, channel_energy, row_blocks, wave_sequences
+from bitwright.models import ENTRY, SiteInfo
 from bitwright.models.passes import run_block
 from bitwright.pipeline.job import BlockJob, view_of
 from bitwright.transforms import channel_order
@@ -40,6 +41,40 @@ def measure_energy(job: BlockJob, source: Stream, target: Stream) -> None:
         job.orders[site.name] = channel_order(total, job.outliers(site), job.recipe.weights.order)
 
 
+@dataclass
+class SiteSums:
+    """What is summed over the calibration tokens at a site, X its quantized inputs in site order.
+
+    hessian  X^T X
+    cross    X_full^T X, where the recipe asks for an asymmetric target
+    strayed  (R_full - R)^T X for each linear that writes to the residual stream R, where the recipe asks for it
+    """
+
+    hessian: HessianSum
+    cross: CrossSum | None
+    strayed: dict[str, CrossSum]
+
+    def work(self) -> list[tuple[HessianSum | CrossSum, str | None, int]]:
+        """Independent units: a sum, the linear that it is for (None: the site), the first row of a block."""
+        sums: list[tuple[HessianSum | CrossSum, str | None]] = [(self.hessian, None)]
+        sums += [(self.cross, None)] if self.cross else []
+        sums += [(total, name) for name, total in self.strayed.items()]
+        return [(total, name, row) for total, name in sums for row in row_blocks(len(total.total))]
+
+    def count(self, sequences: int) -> None:
+        for total in (self.hessian, self.cross, *self.strayed.values()):
+            if total is not None:
+                total.sequences += sequences
+
+
+@dataclass
+class _Seen:
+    """What one forward pass showed: inputs by site, in site order, and the residual stream by writer."""
+
+    inputs: dict[str, Tensor]
+    stream: dict[str, Tensor]
+
+
 def measure_sums(
     job: BlockJob,
     sites: tuple[SiteInfo, ...],
@@ -48,42 +83,75 @@ def measure_sums(
     source_full: Stream,
     original: nn.Module,
     share: float,
-) -> dict[str, HessianSum]:
+) -> dict[str, SiteSums]:
     """Step 2: the sums of `sites` over the quantized stream; inputs of the linears of all sites `ahead` are quantized.
 
-    Where the recipe asks for an asymmetric target, `original` runs on the full-precision stream beside it.
+    Where the recipe asks what the full-precision model does, `original` runs on its stream beside it.
     """
-    crossed = job.recipe.calibration.asymmetry > 0
-    sums = {site.name: HessianSum(site.columns, crossed) for site in sites}
+    crossed, residual = job.recipe.calibration.asymmetry > 0, job.recipe.calibration.residual > 0
+    writers = {
+        linear.name: job.writers[linear.name]
+        for site in sites
+        for linear in site.linears
+        if residual and linear.name in job.writers
+    }
+    sums = {
+        site.name: SiteSums(
+            HessianSum(site.columns),
+            CrossSum(site.columns, site.columns) if crossed else None,
+            {linear.name: CrossSum(linear.rows, site.columns) for linear in site.linears if linear.name in writers},
+        )
+        for site in sites
+    }
 
-    def forward(index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        inputs: dict[str, Tensor] = {}
-        full: dict[str, Tensor] = {}
-        view = view_of(job.block)
-        quantize_inputs(job, view, ahead, inputs, sites[-1].name)
-        _until_enough(lambda: run_block(view, source.read(index), job.arguments(cached=True)))
-        if crossed:
-            view = view_of(original)
-            record_inputs(job, view, sites, full)
-            _until_enough(lambda: run_block(view, source_full.read(index), job.arguments(cached=False)))
+    def forward(index: int) -> tuple[_Seen, _Seen]:
+        seen, full = _Seen({}, {}), _Seen({}, {})
+        view, hidden = view_of(job.block), source.read(index)
+        record_stream(view, writers, hidden, seen.stream)
+        quantize_inputs(job, view, ahead, seen.inputs, sites[-1].name)
+        _until_enough(lambda: run_block(view, hidden, job.arguments(cached=True)))
+        if crossed or writers:
+            view, hidden = view_of(original), source_full.read(index)
+            record_stream(view, writers, hidden, full.stream)
+            record_inputs(job, view, sites, full.inputs)
+            _until_enough(lambda: run_block(view, hidden, job.arguments(cached=False)))
         job.advance("hessian", share / job.sequences)
-        return inputs, full
+        return seen, full
 
+    work = [(site, *unit) for site, total in sums.items() for unit in total.work()]
     wave = wave_sequences(source.shape[1])
     for start in range(0, job.sequences, wave):
         results = job.workers.map(forward, range(start, min(start + wave, job.sequences)))
 
-        def add(task: tuple[str, int], results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = results) -> None:
-            name, row = task
-            for inputs, full in results:
-                sums[name].add_rows(row, inputs[name])
-                if crossed:
-                    sums[name].add_cross(row, full[name], inputs[name])
+        def add(task: tuple[str, Any, str | None, int], results: list[tuple[_Seen, _Seen]] = results) -> None:
+            site, total, writer, row = task
+            for seen, full in results:
+                x = seen.inputs[site]
+                if isinstance(total, HessianSum):
+                    total.add_rows(row, x)
+                elif writer is None:
+                    total.add_rows(row, full.inputs[site], x)
+                else:
+                    total.add_rows(row, full.stream[writer] - seen.stream[writer], x)
 
-        job.workers.map(add, [(name, row) for name, total in sums.items() for row in total.row_blocks()])
+        job.workers.map(add, work)
         for total in sums.values():
-            total.sequences += len(results)
+            total.count(len(results))
     return sums
+
+
+def record_stream(block: nn.Module, writers: dict[str, str], hidden: Tensor, stream: dict[str, Tensor]) -> None:
+    """Hook `block`, which is to be run on `hidden`, so that `stream` receives by writer the residual stream, fp32
+    [tokens, width], that its output is going to be added to."""
+    for writer, receiver in writers.items():
+
+        def keep(value: Tensor, writer: str = writer) -> None:
+            stream[writer] = value.reshape(-1, value.shape[-1]).float()
+
+        if receiver == ENTRY:
+            keep(hidden)
+        else:
+            block.get_submodule(receiver).register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]))
 
 
 class _Enough(Exception):

@@ -223,6 +223,13 @@ class CalibrationRecipe(Part):
         description="how far the target goes from the weights to those that turn the quantized inputs into the outputs"
         " of the full-precision model (GPTAQ)",
     )
+    residual: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="how far linears that write to the residual stream make up for what it has strayed from that of the"
+        " full-precision model",
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> CalibrationRecipe:

@@ -29,7 +29,7 @@ PRESETS: dict[str, Recipe] = {
         weights=WeightRecipe(levels="dp", feedback="column", order="descending", refine=2),
         transform=TransformRecipe(hadamard="group"),
         activations=ActivationRecipe(balance="none"),
-        calibration=CalibrationRecipe(reforward=True, asymmetry=1.0),
+        calibration=CalibrationRecipe(reforward=True, asymmetry=1.0, residual=1.0),
     ),
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),

@@ -93,6 +93,8 @@ class Recipe(Part):
             del data["weights"]["clip"]
         if self.activations is not None and not self.activations.symmetric:
             del data["activations"]["symmetric"]
+        if self.calibration.residual == 0.0:
+            del data["calibration"]["residual"]
         if self.search.method == "none":
             del data["search"]
         if self.transform.expansion == "none":

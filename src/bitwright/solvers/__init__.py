@@ -16,6 +16,7 @@ from bitwright.solvers.hessian import asymmetric_target as asymmetric_target
 from bitwright.solvers.hessian import factorize as factorize
 from bitwright.solvers.hessian import input_drift as input_drift
 from bitwright.solvers.hessian import output_error as output_error
+from bitwright.solvers.hessian import residual_correction as residual_correction
 
 Solver = Callable[[Tensor, Factor, int, WeightRecipe], CodebookMatrix]
 SOLVERS: dict[str, Solver] = {

@@ -135,6 +135,15 @@ def asymmetric_target(weights: Tensor, drift: Tensor, factor: Factor, share: flo
     return weights + share * (weights @ drift @ factor.upper.T @ factor.upper)
 
 
+def residual_correction(strayed: Tensor, factor: Factor, share: float) -> Tensor:
+    """What weights must add for their outputs to make up for `share` of how far the residual stream has strayed.
+
+    C = E (X^T X + d I)^-1 minimises |(R_full - R) - X C^T|^2 + d |C|^2, `strayed` E = (R_full - R)^T X fp32 [rows,
+    columns], R the stream that the outputs are added to: the closed form of the asymmetric target with another aim.
+    """
+    return share * (strayed @ factor.upper.T @ factor.upper)
+
+
 def output_error(original: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[float, float]:
     """(sum of squared output differences, sum of squared outputs) over the calibration tokens, up to the scale of H.
 
