@@ -32,6 +32,7 @@ from bitwright.solvers import (
     input_drift,
     native,
     output_error,
+    residual_correction,
 )
 from bitwright.solvers.feedback import solve_rows_reference
 from bitwright.workers import Workers
@@ -79,9 +80,12 @@ def factor_in_torch(total: Tensor, shift: float) -> None:
 
 
 def solve_preset(weights: Tensor, total: Tensor, recipe: Recipe, threads: int) -> tuple[float, float]:
-    """Processor seconds of the factor, and of the solver behind it, in the pipeline's units of work."""
+    """Processor seconds of the factor, and of the solver behind it, in the pipeline's units of work.
+
+    Where the recipe corrects the residual stream, of a linear that writes to it.
+    """
     rows, columns = weights.shape
-    options, asymmetry = recipe.weights, recipe.calibration.asymmetry
+    options, asymmetry, residual = recipe.weights, recipe.calibration.asymmetry, recipe.calibration.residual
     outliers = outlier_count(columns, options.outliers)
     chunk = rows if options.kind in ("shared", "salient") else CHUNK
     keep = options.refine > 0 or asymmetry > 0
@@ -93,6 +97,8 @@ def solve_preset(weights: Tensor, total: Tensor, recipe: Recipe, threads: int) -
     def solve(row: int) -> None:
         part = weights[row : row + chunk]
         aim = part if drift is None else asymmetric_target(part, drift, factor, asymmetry)
+        if residual:
+            aim = aim + residual_correction(0.01 * part, factor, residual)
         SOLVERS[options.method](aim, factor, outliers, options)
 
     with Workers(threads) as workers:
