@@ -30,6 +30,7 @@ IDEAS: dict[str, tuple[str, ...]] = {
     "exact levels": ("weights.levels",),
     "channels in descending order": ("weights.order",),
     "refinement": ("weights.refine",),
+    "damping": ("weights.damping", "weights.damping_over"),
     "re-forward": ("calibration.reforward",),
     "asymmetric target": ("calibration.asymmetry",),
     "residual correction": ("calibration.residual",),

@@ -88,6 +88,18 @@ def test_everything_dead() -> None:
     assert torch.allclose(factor.upper, torch.eye(5) / 1.01**0.5)
 
 
+def test_damping_over_some_columns() -> None:
+    """A column of huge energy raises the damping of all, unless the mean leaves it out."""
+    h = hessian(20, seed=8)
+    h[:, 18:] *= 1e3
+    h[18:] *= 1e3
+    factor = factorize(h, 0.1, "conditional", keep_hessian=True, over=18)
+    shift = 0.1 * float(h.diagonal()[:18].mean())
+    assert factor.shift == pytest.approx(shift, rel=1e-6)
+    assert torch.allclose(factor.hessian, h + shift * torch.eye(20), rtol=1e-6)
+    assert factorize(h, 0.1, "conditional").shift > 1e3 * shift
+
+
 def test_float64_comes_before_more_damping() -> None:
     """Integers of rank 3 and hardly any damping: next to them float32 cannot see it, float64 can."""
     x = torch.randint(-9, 10, (3, 40), generator=torch.Generator().manual_seed(6)).float()

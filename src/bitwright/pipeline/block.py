@@ -68,7 +68,8 @@ def factorize_sites(job: BlockJob, sites: tuple[SiteInfo, ...], hessians: dict[s
     keep = recipe.refine > 0 or job.recipe.calibration.asymmetry > 0
 
     def prepare(site: SiteInfo, threads: int | None = None) -> Factor:
-        return factorize(hessians[site.name], recipe.damping, recipe.importance, threads, keep_hessian=keep)
+        over = site.columns - job.outliers(site) if recipe.damping_over == "normal" else None
+        return factorize(hessians[site.name], recipe.damping, recipe.importance, threads, keep_hessian=keep, over=over)
 
     if all(native.available(hessian) for hessian in hessians.values()):
         with torch.inference_mode():

@@ -63,6 +63,9 @@ class WeightRecipe(Part):
         0, ge=0, le=100, description="rounds of level refit and code exchange under the full Hessian after the solver"
     )
     damping: float = Field(0.01, gt=0.0, le=1.0, description="share of the mean diagonal of H that is added to it")
+    damping_over: Literal["all", "normal"] = Field(
+        "all", description="input channels that this mean is taken over; normal: without the int8 ones, however large"
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> WeightRecipe:

@@ -26,7 +26,9 @@ PRESETS: dict[str, Recipe] = {
     # The least excess that we know of without training at the bits of `bwa` (docs/methods.md).
     DEFAULT: Recipe(
         name=DEFAULT,
-        weights=WeightRecipe(levels="dp", feedback="column", order="descending", refine=2),
+        weights=WeightRecipe(
+            levels="dp", feedback="column", order="descending", refine=2, damping=0.15, damping_over="normal"
+        ),
         transform=TransformRecipe(hadamard="group"),
         activations=ActivationRecipe(balance="none"),
         calibration=CalibrationRecipe(reforward=True, asymmetry=1.0, residual=1.0),

@@ -91,6 +91,8 @@ class Recipe(Part):
             del data["outer"]
         if self.weights.clip == 1.0:
             del data["weights"]["clip"]
+        if self.weights.damping_over == "all":
+            del data["weights"]["damping_over"]
         if self.activations is not None and not self.activations.symmetric:
             del data["activations"]["symmetric"]
         if self.calibration.residual == 0.0:

@@ -45,18 +45,20 @@ def factorize(
     threads: int | None = None,
     *,
     keep_hessian: bool = False,
+    over: int | None = None,
 ) -> Factor:
     """H fp32 [columns, columns], symmetric, in site order -> its Factor.
 
     Dead inputs (H_ii = 0) get H_ii = 1. Tried in turn: fp32, fp64, damping times 10 up to four times, and at last the
     diagonal alone, which makes feedback vanish but never fails. `threads` (torch's number unless said) is for the
-    native code, whose result does not depend on it. `keep_hessian` for refinement and asymmetric targets.
+    native code, whose result does not depend on it. `keep_hessian` for refinement and asymmetric targets. `damping` is
+    a share of the mean diagonal over the first `over` columns, all unless said.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     alive = hessian.clone()
     alive.diagonal()[dead] = 1.0
-    mean = float(alive.diagonal().double().mean())
+    mean = float(alive.diagonal()[:over].double().mean())
     share = damping
     for step in range(DAMPING_STEPS):
         for dtype in (torch.float32, torch.float64):
