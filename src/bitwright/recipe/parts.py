@@ -132,7 +132,7 @@ class WeightRecipe(Part):
 
 
 class TransformRecipe(Part):
-    """What is done to the inputs of sites beside their order, and undone in their weights (docs/methods.md)."""
+    """What is done to the inputs of sites beside their order, and undone in their weights (docs/transforms.md)."""
 
     hadamard: Literal["none", "group"] = Field(
         "none", description="group: each group of normal channels, after the order, times its Hadamard matrix"
