@@ -265,7 +265,7 @@ class _Run:
             name=self.skeleton.block_name(index),
             block=block,
             sites=self.skeleton.sites(index),
-            writers=self.skeleton.writers(index),
+            writers=self.skeleton.writers(index) if self.recipe.calibration.residual else {},
             layers={layer.name: layer for layer in self.plan.layers_of(index)},
             recipe=self.searching.solving,
             calls=call,

@@ -69,10 +69,12 @@ class SiteSums:
 
 @dataclass
 class _Seen:
-    """What one forward pass showed: inputs by site, in site order, and the residual stream by writer."""
+    """What one sequence showed: inputs by site, in site order, those of the full-precision model, and R_full - R by
+    writer."""
 
     inputs: dict[str, Tensor]
-    stream: dict[str, Tensor]
+    full: dict[str, Tensor]
+    strayed: dict[str, Tensor]
 
 
 def measure_sums(
@@ -88,13 +90,9 @@ def measure_sums(
 
     Where the recipe asks what the full-precision model does, `original` runs on its stream beside it.
     """
-    crossed, residual = job.recipe.calibration.asymmetry > 0, job.recipe.calibration.residual > 0
-    writers = {
-        linear.name: job.writers[linear.name]
-        for site in sites
-        for linear in site.linears
-        if residual and linear.name in job.writers
-    }
+    crossed = job.recipe.calibration.asymmetry > 0
+    names = {linear.name for site in sites for linear in site.linears}
+    writers = {name: receiver for name, receiver in job.writers.items() if name in names}
     sums = {
         site.name: SiteSums(
             HessianSum(site.columns),
@@ -104,35 +102,34 @@ def measure_sums(
         for site in sites
     }
 
-    def forward(index: int) -> tuple[_Seen, _Seen]:
-        seen, full = _Seen({}, {}), _Seen({}, {})
+    def forward(index: int) -> _Seen:
+        seen, stream, stream_full = _Seen({}, {}, {}), dict[str, Tensor](), dict[str, Tensor]()
         view, hidden = view_of(job.block), source.read(index)
-        record_stream(view, writers, hidden, seen.stream)
+        record_stream(view, writers, hidden, stream)
         quantize_inputs(job, view, ahead, seen.inputs, sites[-1].name)
         _until_enough(lambda: run_block(view, hidden, job.arguments(cached=True)))
         if crossed or writers:
             view, hidden = view_of(original), source_full.read(index)
-            record_stream(view, writers, hidden, full.stream)
-            record_inputs(job, view, sites, full.inputs)
+            record_stream(view, writers, hidden, stream_full)
+            record_inputs(job, view, sites, seen.full)
             _until_enough(lambda: run_block(view, hidden, job.arguments(cached=False)))
+        seen.strayed.update({name: stream_full[name] - stream[name] for name in writers})
         job.advance("hessian", share / job.sequences)
-        return seen, full
+        return seen
 
     work = [(site, *unit) for site, total in sums.items() for unit in total.work()]
     wave = wave_sequences(source.shape[1])
     for start in range(0, job.sequences, wave):
         results = job.workers.map(forward, range(start, min(start + wave, job.sequences)))
 
-        def add(task: tuple[str, Any, str | None, int], results: list[tuple[_Seen, _Seen]] = results) -> None:
+        def add(task: tuple[str, Any, str | None, int], results: list[_Seen] = results) -> None:
             site, total, writer, row = task
-            for seen, full in results:
+            for seen in results:
                 x = seen.inputs[site]
                 if isinstance(total, HessianSum):
                     total.add_rows(row, x)
-                elif writer is None:
-                    total.add_rows(row, full.inputs[site], x)
                 else:
-                    total.add_rows(row, full.stream[writer] - seen.stream[writer], x)
+                    total.add_rows(row, seen.full[site] if writer is None else seen.strayed[writer], x)
 
         job.workers.map(add, work)
         for total in sums.values():
