@@ -85,7 +85,7 @@ def test_demo_says_everything(demo: dict[str, Any]) -> None:
     assert before["text_sha256"] == after["text_sha256"]
     assert before["tokens"] == after["tokens"]
     assert "nothing quantized" in before["protocol"]
-    assert "weights 2-bit bitwright, activations 4-bit, KV cache 4-bit" in after["protocol"]
+    assert "weights 2 to 3-bit bitwright, activations 4-bit, KV cache 4-bit" in after["protocol"]
     assert demo["excess"] == pytest.approx(math.log(after["perplexity"] / before["perplexity"]), rel=1e-6)
     assert 2 < demo["linear_bits"] < 4
     assert demo["linear_bits"] < demo["model_bits"] < demo["original_bits"]

@@ -162,7 +162,8 @@ def test_card_and_quantize_agree_with_eval(
         "loss_quantized": bitwright.evaluate(tmp_path / "out", read_text([evaluation_file]), window=64, limit=6),
     }
     for key, result in evaluated.items():
-        assert measured[key] == pytest.approx(result.loss, rel=1e-5)
+        # Sums in another order move an activation from one code to the next here and there.
+        assert measured[key] == pytest.approx(result.loss, rel=1e-5 if key == "loss_original" else 1e-4)
     assert measured["excess"] == measured["loss_quantized"] - measured["loss_original"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| evaluation.txt (not calibrated on) | 6 x 64 tokens | {math.exp(measured['loss_original']):.4f}" in card

@@ -85,6 +85,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, "rtn", {}) for model in MODELS],
     ("llama", "bwa", {"weights.outliers": 0, "weights.order": "none", "weights.group": 64}),
     ("llama", "bwa", {"weights.bits": 1}),
+    ("llama_biases", "bitwright", {"allocate": {"bits": [1, 2, 3, 4], "target": 3.5, "rows": 24, "tokens": 128}}),
     ("mistral", "bwa", {"weights.bits": 3, "weights.group": 32}),
     ("qwen2", "bwa", {"activations": None}),
     ("qwen2", "bwa", {"kv": None}),

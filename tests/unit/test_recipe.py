@@ -91,6 +91,8 @@ def test_recipes_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         preset("bwa").weights.bits = 3  # type: ignore[misc]
     assert hash(preset("bwa")) == hash(Recipe())
+    with pytest.raises(AttributeError):
+        preset("bitwright").allocate.bits.append(1)  # type: ignore[union-attr]
 
 
 def test_presets() -> None:
@@ -148,6 +150,7 @@ def test_presets() -> None:
         preset("awq")
 
 
+WGM, QUAROT = preset("wgm").to_dict(), preset("quarot").to_dict()
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # what is asked for, the key that the message has to name, the cure that it has to offer
     ({"wieghts": {}}, "'wieghts'", "did you mean 'weights'?"),
@@ -230,6 +233,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"calibration": {"length": "x"}}, "calibration.length = 'x'", "'auto' or"),
     ({"calibration": {"sequences": 0}}, "calibration.sequences = 0", "greater than or equal to 1"),
     ({"name": 3}, "name = 3", "valid string"),
+    ({"sites": {"*.q": {"bits": 5}}}, "sites '*.q': bits = 5", "from 1 to 4"),
+    ({"sites": {"*.q": {"levels": "em"}}}, "sites.*.q.levels", "the keys there are bits, group, outliers"),
+    ({"sites": {"*.q": {"group": 20}}}, "sites '*.q': group = 20", "64 or 128"),
+    ({"allocate": {"target": 0}}, "allocate: target = 0", "2.5, or 'auto'"),
+    ({"allocate": {"bits": []}}, "allocate.bits = ()", "at least 1 item"),
+    ({"allocate": {"bits": [2, 5]}}, "allocate: bits = 5", "from 1 to 4"),
+    ({"allocate": {"bits": 2}}, "allocate.bits = 2", "valid tuple"),
+    (WGM | {"allocate": {}}, "method 'wgm'", "allocate = none"),
+    (QUAROT | {"allocate": {"outliers": [16]}}, "allocate: transform.rotation", "outliers = 0"),
+    (QUAROT | {"sites": {"*": {"outliers": 16}}}, "sites '*': transform.rotation", "outliers = 0"),
 ]
 
 

@@ -102,12 +102,22 @@ class _Reporter:
     """A progress bar for each method in turn."""
 
     def __init__(self) -> None:
-        self._bar = console.RunReporter()
+        self._bar, self._began = console.RunReporter(), False
+
+    def allocating(self, fraction: float) -> None:
+        self._renew()
+        self._bar.allocating(fraction)
 
     def begin(self, plan: Plan, completed: int) -> None:
-        self.close()
-        self._bar = console.RunReporter()
+        self._renew()
+        self._began = True
         self._bar.begin(plan, completed)
+
+    def _renew(self) -> None:
+        """A bar of its own for what follows the last method's."""
+        if self._began:
+            self.close()
+            self._bar, self._began = console.RunReporter(), False
 
     def advance(self, fraction: float) -> None:
         self._bar.advance(fraction)

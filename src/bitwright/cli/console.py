@@ -33,12 +33,22 @@ def size(count: float) -> str:
 
 
 def recipe_from(
-    preset_name: str | None, file: str | None, options: list[str], *, tune: bool = False, **shortcuts: Any
+    preset_name: str | None,
+    file: str | None,
+    options: list[str],
+    *,
+    tune: bool = False,
+    target_bits: float | None = None,
+    **shortcuts: Any,
 ) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --tune, --set, the shortcuts."""
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --tune, --target-bits, --set, the
+    shortcuts."""
     recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
     if tune and recipe.tune is None:
         recipe = recipe.with_options({"tune": {}})
+    if target_bits is not None:
+        on = {} if recipe.allocate is None else recipe.allocate.model_dump()
+        recipe = recipe.with_options({"allocate": {**on, "target": target_bits}})
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
     return recipe.with_options(changes) if changes else recipe
@@ -81,10 +91,18 @@ class RunReporter:
         self._first = 0
         self._blocks = 0
 
+    def allocating(self, fraction: float) -> None:
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("choosing bits", total=1.0)
+        self._progress.advance(self._task, fraction)
+
     def begin(self, plan: Any, completed: int) -> None:
         self._blocks = len(plan.shards) - 1
         self._first = completed
         self._began = time.monotonic()
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._progress.start()
         self._task = self._progress.add_task("quantizing", total=self._blocks, completed=completed)
 

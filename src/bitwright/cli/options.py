@@ -14,6 +14,9 @@ Preset = Annotated[
 RecipeFile = Annotated[str | None, typer.Option(help="recipe from a JSON file instead")]
 Set = Annotated[list[str], typer.Option("--set", help="recipe option key=value, e.g. weights.feedback=column")]
 Outliers = Annotated[str | None, typer.Option(help="int8 channels: a number or 'auto'")]
+TargetBits = Annotated[
+    float | None, typer.Option(help="honest bits a weight for all linears together, shared out by what the loss feels")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads; the result does not depend on them")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]

@@ -19,6 +19,7 @@ def command(
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
     outliers: options.Outliers = None,
+    target_bits: options.TargetBits = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -27,7 +28,9 @@ def command(
 
     made = plan(
         model,
-        console.recipe_from(preset, recipe, set_, weights__outliers=console.outliers_option(outliers)),
+        console.recipe_from(
+            preset, recipe, set_, target_bits=target_bits, weights__outliers=console.outliers_option(outliers)
+        ),
         threads=threads,
     )
     if as_json:

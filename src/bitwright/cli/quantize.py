@@ -24,6 +24,7 @@ def command(
     recipe: options.RecipeFile = None,
     set_: options.Set = [],  # noqa: B006
     outliers: options.Outliers = None,
+    target_bits: options.TargetBits = None,
     tune: bool = typer.Option(
         False, "--tune", help="tune levels, scales and norms by the original's logits afterwards"
     ),
@@ -46,6 +47,7 @@ def command(
         recipe,
         set_,
         tune=tune,
+        target_bits=target_bits,
         weights__outliers=console.outliers_option(outliers),
         calibration__sequences=sequences,
         calibration__length=length,

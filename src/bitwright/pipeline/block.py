@@ -105,7 +105,7 @@ def solve_block(
             aim = asymmetric_target(weights, drifts[site.name], factor, calibration.asymmetry)
         if linear.name in strayed:
             aim = aim + residual_correction(strayed[linear.name][row : row + chunk], factor, calibration.residual)
-        matrix = solver(aim, factor, job.outliers(site), weights_recipe)
+        matrix = solver(aim, factor, job.outliers(site), job.layer(linear).recipe)
         lost, total = output_error(weights, matrix.dequantize_site_order(), hessians[site.name])
         job.advance("solve", 1 / len(tasks) * len(sites) / len(job.sites))
         return matrix, lost, total, time.perf_counter() - began

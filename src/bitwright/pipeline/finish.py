@@ -38,14 +38,14 @@ def finish(
     facts: dict[str, Any],
     measured: dict[str, Any],
     ratios: Ratios,
-    tuning: dict[str, Any],
+    summary: dict[str, Any],
 ) -> None:
     """Write them into `directory`, which holds the shards that `state` names.
 
     facts     what the bytes of the artifact depend on
     measured  what was measured on the way
     ratios    clip ratios that a search found, else empty
-    tuning    its summary under "tuning", else empty
+    summary   "tuning" and "allocation" where there were any
     """
     for pattern in CARRIED:
         for path in sorted(skeleton.checkpoint.directory.glob(pattern)):
@@ -58,7 +58,7 @@ def finish(
     write_text(directory / "config.json", json.dumps(config, indent=1) + "\n")
     write_index(directory, state.shards, plan.tensor_bytes)
     layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
-    found: dict[str, Any] = {**({"search": state.search} if ratios else {}), **tuning}
+    found: dict[str, Any] = {**({"search": state.search} if ratios else {}), **summary}
     write_card(directory, plan, layers, measured, facts, state.search, found.get("tuning"))
     write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **found})
 

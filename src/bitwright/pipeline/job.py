@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitwright.artifact.layout import LayerSpec
 from bitwright.models import LinearInfo, SiteInfo
-from bitwright.pipeline.plan import LayerPlan
+from bitwright.pipeline.layers import LayerPlan
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, to_site
 from bitwright.workers import Workers

@@ -5,17 +5,17 @@ Made from config.json and the headers of the weight files alone. What `quantize`
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitwright.artifact.layout import LayerSpec, OuterSpec, Shape, counted, layer_shapes, outer_shapes, shard_name
+from bitwright.artifact.layout import LayerSpec, OuterSpec, Shape, layer_shapes, outer_shapes, shard_name
 from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
-from bitwright.calibration.statistics import wave_sequences
-from bitwright.codebook import group_count
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
+from bitwright.pipeline.layers import LayerPlan
+from bitwright.pipeline.needs import peak_memory, work_disk
 from bitwright.pipeline.outer import kept_outer_names, plan_outer
 from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.targets import search_notes
@@ -23,33 +23,9 @@ from bitwright.recipe import Recipe, outlier_count
 from bitwright.transforms.hadamard import constructible, largest_block, next_size
 from bitwright.workers import default_threads
 
-# Python, torch and transformers as they are once imported, and what the allocator keeps of freed memory; measured.
-BASE_MEMORY = 460 << 20
-SLACK = 1.9
 # Below, what inputs have in common is learnt by heart: with 128 tokens for 512 inputs preset `bitwright` loses more
 # than `bwa`, which asks less of them (0.25 against 0.18 on the demo model).
 TOKENS_A_CHANNEL = 8
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One linear: where it stands, how it will be stored."""
-
-    name: str
-    block: int
-    site: str
-    spec: LayerSpec
-    shapes: dict[str, Shape]
-    weights: int  # of the model as it is, without zeros that a rotation asks for
-
-    @property
-    def bytes(self) -> int:
-        """Honest bytes: codes, levels, scales, outliers, permutation."""
-        return sum(shape_bytes(shape) for name, shape in self.shapes.items() if counted(name))
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.bytes * 8 / self.weights
 
 
 @dataclass(frozen=True)
@@ -233,10 +209,15 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         parameters=sum(checkpoint.elements(name) for name in names),
         length=length,
         context=context,
-        peak_memory=_peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
-        work_disk=_work_disk(skeleton, shards, layers, recipe, sequences, length),
+        peak_memory=peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
+        work_disk=work_disk(skeleton, shards, layers, recipe, sequences, length),
         ignored=tuple(skeleton.ignored),
-        notes=(*source.notes(), *search_notes(skeleton, recipe), *_calibration_notes(layers, recipe, length)),
+        notes=(
+            *source.notes(),
+            *_allocation_notes(layers, recipe),
+            *search_notes(skeleton, recipe),
+            *_calibration_notes(layers, recipe, length),
+        ),
         unties=source.unties,
         outer=outer,
     )
@@ -246,22 +227,23 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) 
     prefix = skeleton.block_name(block)
     layers = []
     for site in skeleton.sites(block):
+        asked = recipe.weights_at(f"{prefix}.{linear.name}" for linear in site.linears)
         try:
-            outliers = outlier_count(site.columns, recipe.weights.outliers)
+            outliers = outlier_count(site.columns, asked.outliers)
         except RecipeError as error:
             raise RecipeError(f"{prefix}.{site.leader.name}: {error}") from None
         if site.columns < 8:
             raise ModelError(f"{prefix}.{site.leader.name} has {site.columns} inputs; at least 8 are needed")
-        moves = outliers > 0 or recipe.weights.order != "none"
-        hadamard, stride = source.hadamard(site) if source.rotates else (_hadamard(recipe), 1)
+        moves = outliers > 0 or asked.order != "none"
+        hadamard, stride = source.hadamard(site) if source.rotates else (_hadamard(recipe, asked.group), 1)
         for linear in site.linears:
             name = f"{prefix}.{linear.name}"
             spec = LayerSpec(
                 rows=linear.rows,
                 columns=linear.columns,
-                bits=recipe.weights.bits,
-                group=recipe.weights.group_of(linear.columns - outliers),
-                kind=recipe.weights.kind,
+                bits=asked.bits,
+                group=asked.group_of(linear.columns - outliers),
+                kind=asked.kind,
                 outliers=outliers,
                 bias=linear.bias,
                 permutation=f"{prefix}.{site.leader.name}" if moves else None,
@@ -270,7 +252,7 @@ def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) 
             )
             dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
             weights = skeleton.checkpoint.elements(f"{name}.weight")
-            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype), weights))
+            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype), weights, asked))
     return layers
 
 
@@ -285,9 +267,27 @@ def _calibration_notes(layers: list[LayerPlan], recipe: Recipe, length: int) -> 
     ]
 
 
-def _hadamard(recipe: Recipe) -> int:
+def _allocation_notes(layers: list[LayerPlan], recipe: Recipe) -> list[str]:
+    """Says what is still to be chosen. Raises RecipeError where `sites` names linears that are not there."""
+    names = [layer.name for layer in layers]
+    for pattern in recipe.sites:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RecipeError(
+                f"sites '{pattern}' fits none of the {len(names)} linears of the model; their names are like {names[0]}"
+            )
+    if recipe.allocate is None:
+        return []
+    weights = sum(layer.weights for layer in layers)
+    target = recipe.allocate.target
+    bits = sum(layer.bytes for layer in layers) * 8 / weights if target == "auto" else target
+    return [
+        "what each site takes is chosen when it is known what the loss feels of it (allocate): at most"
+        f" {bits:.4f} bits a weight in all; here every site is as `weights` says"
+    ]
+
+
+def _hadamard(recipe: Recipe, group: int) -> int:
     """Size of the blocks of a site's input that are transformed, 0 for none. Raises RecipeError."""
-    group = recipe.weights.group
     if recipe.transform.hadamard == "none":
         return 0
     if not constructible(group):
@@ -301,81 +301,3 @@ def _hadamard(recipe: Recipe) -> int:
 def _stored(checkpoint: Checkpoint, name: str) -> Shape:
     info = checkpoint.info(name)
     return TORCH_DTYPES[info.dtype], info.shape
-
-
-def _peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, length: int, threads: int) -> int:
-    """An upper estimate in bytes of the run's resident memory: the larger of its phases, plus the libraries.
-
-    Outside the blocks: embeddings or head in fp32, logits. Statistics: one block in fp32, its Hessians and one wave of
-    site inputs. Solving: the block, its Hessians and factors, and the work of `threads` solvers. Tuning: one block,
-    what its forward passes leave for the gradient, gradients of `threads` sequences, values and moments, beside
-    what stands behind the blocks.
-    """
-    tensors = skeleton.checkpoint.tensors
-    before, after = (
-        sum(4 * tensors[name].elements for name in skeleton.outer_tensor_names(part)) for part in ("before", "after")
-    )
-    if recipe.outer.embedding < 16 or recipe.outer.head < 16:
-        before, after = 2 * before, 2 * after  # the matrix and what its integers stand for
-    vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
-    logits = 3 if recipe.tune is None else 8
-    outside = max(before, after + logits * 4 * length * vocabulary * threads)
-    worst = 0
-    for block in range(len(skeleton.blocks)):
-        own = [layer for layer in layers if layer.block == block]
-        weights = 4 * sum(layer.spec.weights for layer in own)
-        columns = [site.columns for site in skeleton.sites(block)]
-        hessians = sum(4 * c * c for c in columns)
-        wave = 4 * length * wave_sequences(length) * sum(columns)
-        forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
-        factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
-        worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
-        if recipe.tune is not None:
-            passing = threads * 4 * length * 6 * sum(layer.spec.rows + layer.spec.columns for layer in own)
-            values = sum(_tuned_bytes(layer, recipe) for layer in own)
-            gradients = threads * weights + (recipe.tune.batch + 1) * values
-            worst = max(worst, 2 * weights + passing + gradients + 3 * values + outside)
-    if recipe.search.method != "none":
-        worst += after  # what stands behind the blocks is at hand while each of them is searched
-    return BASE_MEMORY + int(SLACK * max(worst, outside))
-
-
-def _tuned_bytes(layer: LayerPlan, recipe: Recipe) -> int:
-    """fp32 bytes of what is tuned in a linear: levels or scales, int8 columns, and weights where codes may change."""
-    spec = layer.spec
-    groups = group_count(spec.columns - spec.outliers, spec.group)
-    levels = groups * (2**spec.bits if spec.kind == "free" else 1)
-    codes = groups * spec.group if recipe.tune is not None and recipe.tune.codes else 0
-    return 4 * spec.rows * (levels + spec.outliers + codes)
-
-
-def _work_disk(
-    skeleton: Skeleton,
-    shards: list[dict[str, Shape]],
-    layers: list[LayerPlan],
-    recipe: Recipe,
-    sequences: int,
-    length: int,
-) -> int:
-    """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block. For a
-    tuning the solved shards beside it, the stream before the first block, one of a step, and values with both moments
-    as they are, as they were sealed last, and when they were best."""
-    stream = 4 * length * skeleton.width
-    total = sum(file_bytes(shard) for shard in shards) + 4 * sequences * stream
-    if recipe.tune is not None:
-        step = recipe.tune.batch * (len(skeleton.blocks) + 1)
-        total += sum(file_bytes(shard) for shard in shards[1:]) + (2 * sequences + step) * stream
-        total += 4 * 3 * sum(_tuned_bytes(layer, recipe) for layer in layers)
-    return total
-
-
-def check_disk(needed: int, directory: Path) -> None:
-    """Refuse to start what the disk cannot hold. Raises RunError."""
-    from bitwright.errors import RunError
-
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise RunError(
-            f"{directory} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB;"
-            " free some space or give an output on another disk"
-        )

@@ -8,8 +8,11 @@ from bitwright.pipeline.plan import Plan
 
 
 class Reporter(Protocol):
-    """Told by a run, in this order: begin, advance and block_done for each block, the tuning, searching, and notes in
-    between."""
+    """Told by a run, in this order: allocating, begin, advance and block_done for each block, the tuning, searching,
+    and notes in between."""
+
+    def allocating(self, fraction: float) -> None:
+        """`fraction` of what the choice of each site's bits takes is done; the fractions add up to one."""
 
     def begin(self, plan: Plan, completed: int) -> None: ...
     def advance(self, fraction: float) -> None:
@@ -30,6 +33,7 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that says nothing."""
 
+    def allocating(self, fraction: float) -> None: ...
     def begin(self, plan: Plan, completed: int) -> None: ...
     def advance(self, fraction: float) -> None: ...
     def block_done(self, index: int, entries: list[dict[str, Any]]) -> None: ...

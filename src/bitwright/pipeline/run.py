@@ -20,12 +20,14 @@ from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
 from bitwright.models.passes import embed
+from bitwright.pipeline.allocate import allocate, settle
 from bitwright.pipeline.block import propagate, solve_sites
 from bitwright.pipeline.finish import finish
 from bitwright.pipeline.job import SHARES, BlockJob
 from bitwright.pipeline.measure import measure
+from bitwright.pipeline.needs import check_disk
 from bitwright.pipeline.outer import outer_tensors, with_outer_quantized
-from bitwright.pipeline.plan import Plan, check_disk, plan_for
+from bitwright.pipeline.plan import Plan, plan_for
 from bitwright.pipeline.reporter import Reporter as Reporter
 from bitwright.pipeline.reporter import Silent as Silent
 from bitwright.pipeline.search import PackedBlocks, Ratios
@@ -154,6 +156,7 @@ class _Run:
                     state = self._start(facts, values)
                 calls = self._calls(values)
                 del values
+                self._settle(self._allocation(state, calls, workers))
                 self.reporter.begin(self.plan, state.completed)
                 while state.completed < len(self.skeleton.blocks):
                     self._do_block(state, calls[state.completed], workers)
@@ -200,6 +203,7 @@ class _Run:
             )
         if self.directory.is_ours():
             self.directory.remove()
+        self._settle(manifest.get("allocation", {}))
         self.reporter.note(f"{self.output} is already complete; nothing to do")
         return Quantized(self.output, self.plan, manifest["layers"], manifest["measured"], manifest.get("tuning"))
 
@@ -274,6 +278,20 @@ class _Run:
             advance=lambda step, share: self.reporter.advance(SHARES[step] / 100 * share),
         )
 
+    def _allocation(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> dict[str, Any]:
+        """Sites that are stored in ways of their own; empty where the recipe leaves nothing to choose."""
+        if self.recipe.allocate is not None and not state.allocation:
+            entry, report = self._stream(state, "full"), self.reporter.allocating
+            path = self.directory.path
+            state.allocation = allocate(self.source, self.plan, entry, calls, workers, path, report)
+            self.directory.save(state)
+        return state.allocation
+
+    def _settle(self, allocation: dict[str, Any]) -> None:
+        """Plan the run with what was chosen."""
+        if allocation:
+            self.plan = plan_for(self.skeleton, settle(self.recipe, allocation), self.probes, self.threads)
+
     def _exchange_streams(self, state: RunState, fresh: dict[str, str]) -> None:
         """Seal the state with other streams in these roles, and remove those that have none any more."""
         old = set(state.streams.values())
@@ -320,8 +338,9 @@ class _Run:
             self._exchange_streams(state, {"quantized": target.path.name})
 
     def _summary(self, state: RunState) -> dict[str, Any]:
-        """How the tuning went, for the manifest; empty where there was none."""
-        return {"tuning": Progress(**state.tuning).summary()} if state.tuning else {}
+        """How the tuning went and what was allocated, for the manifest; empty where there was neither."""
+        tuning = {"tuning": Progress(**state.tuning).summary()} if state.tuning else {}
+        return {**tuning, **({"allocation": state.allocation} if state.allocation else {})}
 
     def _block_tensors(self, job: BlockJob, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
         """Everything of shard `job.index + 1`: packed linears, and what stays as it was, in its stored dtype."""
@@ -382,6 +401,6 @@ class _Run:
         return ratios
 
     def _write_log(self, state: RunState) -> None:
-        entries = [*state.log, *([self._summary(state)] if state.tuning else [])]
+        entries = [*state.log, *({name: part} for name, part in self._summary(state).items())]
         lines = "".join(json.dumps(entry) + "\n" for entry in entries)
         write_text(self.log_file, lines)

@@ -27,7 +27,7 @@ STATE_NAME = "run.json"
 @dataclass
 class RunState:
     """What run.json holds. `completed` blocks are solved; `streams` are the inputs of the next block; `search` what is
-    known of clip ratios, an entry each.
+    known of clip ratios, an entry each; `allocation` what the recipe's `allocate` came to.
 
     Where the recipe tunes: `solved` are the sha256 of the shards before it, `tuning` is tune.Progress, and `rewritten`
     blocks have gone into the artifact since it ended.
@@ -40,6 +40,7 @@ class RunState:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
     solved: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     rewritten: int = 0
@@ -90,7 +91,7 @@ class RunDirectory:
 
     def is_ours(self) -> bool:
         """Whether the directory holds nothing but what runs leave there, and so may be cleaned."""
-        known = ("lock", STATE_NAME, "artifact", "stream-", "search-", "solved-", "tune-")
+        known = ("lock", STATE_NAME, "artifact", "stream-", "search-", "solved-", "tune-", "allocate-")
         return self.path.is_dir() and all(path.name.startswith(known) for path in self.path.iterdir())
 
     def load(self) -> RunState | None:

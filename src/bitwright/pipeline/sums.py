@@ -198,9 +198,8 @@ def quantize_inputs(
             (x,) = args
             if shared.get("x") is not x:
                 flat = job.into(site, x.reshape(-1, site.columns).float())
-                recipe = job.recipe
-                group = recipe.weights.group_of(site.columns - job.outliers(site))
-                quantized = quantize_site(flat, job.outliers(site), group, recipe.activations)
+                spec = job.layer(site.leader).spec
+                quantized = quantize_site(flat, spec.outliers, spec.group, job.recipe.activations)
                 inputs[site.name] = quantized
                 if site.name == last:
                     raise _Enough

@@ -44,6 +44,8 @@ def _fields(recipe: type[BaseModel], parents: list[str]) -> Mapping[str, Any]:
     """The fields of the part of a recipe that stands under these keys."""
     fields: Any = recipe.model_fields
     for parent in parents:
+        if parent not in fields:  # a key of the user's own, such as a pattern of `sites`
+            continue
         annotation = fields[parent].annotation
         part = next(p for p in (annotation, *getattr(annotation, "__args__", ())) if hasattr(p, "model_fields"))
         fields = part.model_fields

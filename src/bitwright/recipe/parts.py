@@ -5,13 +5,18 @@ Parts are immutable and refuse unknown keys; a description says what the choices
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bitwright.errors import RecipeError
 
 OutlierCount = Literal["auto"] | int
+Choice = TypeVar("Choice")
+# A list, as JSON has it, that stays as it is.
+Choices = Annotated[
+    tuple[Choice, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]
 
 
 class Part(BaseModel):
@@ -129,6 +134,14 @@ class WeightRecipe(Part):
     def group_of(self, normal: int) -> int:
         """Input channels that share a codebook in a linear with `normal` normal ones: a multiple of 8."""
         return self.group or (normal + 7) // 8 * 8
+
+
+class SiteRecipe(Part):
+    """What the inputs of some linears, and their weights, have otherwise than `weights` says; None: the same."""
+
+    bits: int | None = Field(None, ge=1, le=8)
+    group: int | None = Field(None, ge=0, le=4096)
+    outliers: OutlierCount | None = None
 
 
 class TransformRecipe(Part):
@@ -274,6 +287,29 @@ class TuneRecipe(Part):
     interval: int = Field(8, ge=1, description="steps between two judgements; a run that was killed goes on from one")
     patience: int = Field(4, ge=1, description="judgements in sequence that are no better than the best end the tuning")
     seed: int = Field(0, ge=0, description="of the order of the sequences")
+
+
+class AllocateRecipe(Part):
+    """Before anything is solved: ways to store each site, chosen by what the loss feels of them (docs/allocation.md).
+
+    The candidates are all combinations of `bits`, `groups` and `outliers`, and what `weights` says.
+    """
+
+    target: Literal["auto"] | float = Field(
+        "auto",
+        description="honest bits a weight that all quantized linears together may take; auto: as many as without this",
+    )
+    bits: Choices[int] = Field((2, 3, 4), min_length=1)
+    groups: Choices[int] | None = Field(None, description="none: that of weights alone")
+    outliers: Choices[OutlierCount] | None = Field(None, description="none: 0 and that of weights")
+    tokens: int = Field(8192, ge=8, description="of the calibration's first sequences, that it is measured on")
+    rows: int = Field(256, ge=1, description="of each linear, solved for each candidate")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> AllocateRecipe:
+        if self.target != "auto" and not 0 < self.target <= 16:
+            raise ValueError(f"target = {self.target} is no number of bits a weight; write for example 2.5, or 'auto'")
+        return self
 
 
 def outlier_count(columns: int, asked: OutlierCount) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from bitwright.errors import RecipeError
 from bitwright.recipe.parts import (
     ActivationRecipe,
+    AllocateRecipe,
     CalibrationRecipe,
     KVRecipe,
     SearchRecipe,
@@ -32,6 +33,7 @@ PRESETS: dict[str, Recipe] = {
         transform=TransformRecipe(hadamard="group"),
         activations=ActivationRecipe(balance="none"),
         calibration=CalibrationRecipe(reforward=True, asymmetry=1.0, residual=1.0),
+        allocate=AllocateRecipe(),
     ),
     "bwa": Recipe(name="bwa"),
     "rtn": Recipe(name="rtn", weights=WeightRecipe(method="rtn", levels="uniform", feedback="none", importance="none")),

@@ -7,22 +7,26 @@ the fingerprint of a run and of the artifact.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from bitwright.errors import RecipeError
 from bitwright.recipe.explain import explain, unknown_key
 from bitwright.recipe.parts import (
     ActivationRecipe,
+    AllocateRecipe,
     CalibrationRecipe,
     KVRecipe,
     OuterRecipe,
     Part,
     SearchRecipe,
+    SiteRecipe,
     TransformRecipe,
     TuneRecipe,
     WeightRecipe,
@@ -40,6 +44,11 @@ class Recipe(Part):
     calibration: CalibrationRecipe = CalibrationRecipe()
     outer: OuterRecipe = OuterRecipe()
     search: SearchRecipe = SearchRecipe()
+    sites: dict[str, SiteRecipe] = Field(
+        default_factory=dict,
+        description="what linears have otherwise than `weights`, by a pattern of their names; the longest that fits",
+    )
+    allocate: AllocateRecipe | None = None
     tune: TuneRecipe | None = None
 
     @model_validator(mode="after")
@@ -59,6 +68,37 @@ class Recipe(Part):
                 f"search.method = '{self.search.method}' has nothing to look for with activations and kv off;"
                 " write search.method = 'none' or turn one of them on"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sites_go_together(self) -> Recipe:
+        for pattern, changes in self.sites.items():
+            self._checked(f"sites '{pattern}'", changes)
+        return self
+
+    def _checked(self, key: str, changes: SiteRecipe) -> None:
+        """Refuse what `weights` cannot be changed to."""
+        try:
+            weights = self._with(changes)
+        except ValidationError as error:
+            raise ValueError(f"{key}: {explain(error, WeightRecipe).removeprefix('recipe: ')}") from None
+        if self.transform.rotation != "none" and weights.outliers != 0:
+            raise ValueError(
+                f"{key}: transform.rotation = '{self.transform.rotation}' leaves no channels to set aside;"
+                " write outliers = 0"
+            )
+
+    @model_validator(mode="after")
+    def _can_be_allocated(self) -> Recipe:
+        if self.allocate is None:
+            return self
+        if self.weights.kind in ("shared", "salient"):
+            raise ValueError(
+                f"allocate chooses bits, groups and int8 channels, which method '{self.weights.method}' has ways of its"
+                " own for; write allocate = none"
+            )
+        for candidate in self.candidates():
+            self._checked("allocate", candidate)
         return self
 
     @model_validator(mode="after")
@@ -84,11 +124,41 @@ class Recipe(Part):
             raise ValueError("tune needs calibration.sequences of 2 or more: some are held back to judge")
         return self
 
+    def _with(self, changes: SiteRecipe) -> WeightRecipe:
+        return WeightRecipe.model_validate({**self.weights.model_dump(), **changes.model_dump(exclude_none=True)})
+
+    def candidates(self) -> list[SiteRecipe]:
+        """What `allocate` chooses from, what `weights` says among it."""
+        assert self.allocate is not None
+        weights, asked = self.weights, self.allocate
+        groups = (weights.group,) if asked.groups is None else asked.groups
+        outliers = (0, weights.outliers) if asked.outliers is None else asked.outliers
+        combined = [*itertools.product(asked.bits, groups, outliers), (weights.bits, weights.group, weights.outliers)]
+        return [SiteRecipe(bits=b, group=g, outliers=o) for b, g, o in dict.fromkeys(combined)]
+
+    def settled(self, sites: Mapping[str, SiteRecipe]) -> Recipe:
+        """The recipe with nothing left to choose: `sites` as well as its own."""
+        return self.model_copy(update={"sites": {**sites, **self.sites}, "allocate": None})
+
+    def pattern_of(self, linears: Iterable[str]) -> str | None:
+        """The key of `sites` that is for linears with these full names, which share an input: the longest that fits
+        one of them, of equally long ones the first in the alphabet; None where none does."""
+        names = list(linears)
+        fitting = [pattern for pattern in self.sites if any(fnmatchcase(name, pattern) for name in names)]
+        return min(fitting, key=lambda pattern: (-len(pattern), pattern), default=None)
+
+    def weights_at(self, linears: Iterable[str]) -> WeightRecipe:
+        """`weights` with what `sites` says of the linears with these full names, which share an input."""
+        pattern = self.pattern_of(linears)
+        return self.weights if pattern is None else self._with(self.sites[pattern])
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it. What came later is left out where it does nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")
         if self.outer.embedding == self.outer.head == 16:
             del data["outer"]
+        if not self.sites:
+            del data["sites"]
         if self.weights.clip == 1.0:
             del data["weights"]["clip"]
         if self.weights.damping_over == "all":
@@ -99,6 +169,8 @@ class Recipe(Part):
             del data["calibration"]["residual"]
         if self.search.method == "none":
             del data["search"]
+        if self.allocate is None:
+            del data["allocate"]
         if self.transform.expansion == "none":
             del data["transform"]["expansion"]
         if self.kv is not None and self.kv.clip == 1.0:
@@ -106,6 +178,9 @@ class Recipe(Part):
         if self.tune is None:
             del data["tune"]
         return data
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     def to_json(self) -> str:
         """Canonical JSON: the same bytes for equal recipes."""
@@ -158,7 +233,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, separator, value = (part.strip() for part in text.partition("="))
     if not separator or not key:
         raise RecipeError(f"option {text!r} is not of the form key=value, for example weights.outliers=0")
-    if value in ("none", "off") and key in ("kv", "activations", "tune"):
+    if value in ("none", "off") and key in ("kv", "activations", "tune", "allocate"):
         return key, None
     try:
         return key, json.loads(value)

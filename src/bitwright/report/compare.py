@@ -71,6 +71,9 @@ class _Clock:
     def __init__(self, behind: Reporter, save: Callable[[float], None]) -> None:
         self._behind, self._save, self._since = behind, save, time.monotonic()
 
+    def allocating(self, fraction: float) -> None:
+        self._behind.allocating(fraction)
+
     def begin(self, plan: Plan, completed: int) -> None:
         self._behind.begin(plan, completed)
 
@@ -213,7 +216,7 @@ class Comparison:
 
         lacking = [text for text in self.measuring.texts if self.measuring.key(text) not in record["texts"]]
         artifact = self.output / "artifacts" / method.key
-        if not lacking and (method.recipe is None or "layers" in record):
+        if not lacking and (method.recipe is None or "sizes" in record):
             self.reporter.note("  already measured")
         elif method.recipe is None:
             self._measure(self.checkpoint.directory, lacking, record, save)
@@ -229,7 +232,7 @@ class Comparison:
 
     def _quantize(self, method: Method, artifact: Path, record: dict[str, Any], save: Callable[[], None]) -> None:
         # Done before, and asked for again because a text is new: the same artifact is made, its time is known.
-        known = "layers" in record
+        known = "sizes" in record
 
         def lap(seconds: float) -> None:
             if not known:
@@ -248,6 +251,7 @@ class Comparison:
         )
         clock.lap()
         record["layers"] = [{key: value for key, value in entry.items() if key != "seconds"} for entry in done.log]
+        record["sizes"] = _sizes(done.plan, done.log)
         save()
 
     def _measure(self, path: Path, texts: list[Text], record: dict[str, Any], save: Callable[[], None]) -> None:
@@ -271,15 +275,7 @@ class Comparison:
             "quantize_seconds": record["seconds"] if method.recipe else None,
         }
         if method.recipe is not None:
-            made = self.plans[method.key]
-            counts = sorted({layer.spec.outliers for layer in made.layers})
-            return row | {
-                "linear_bits": made.linear_bits,
-                "claimed_bits": made.claimed_after(row["layers"]),
-                "model_bits": made.model_bits,
-                "bytes": made.total_bytes,
-                "outliers": [counts[0], counts[-1]],
-            }
+            return row | record["sizes"]
         weights = [self.checkpoint.info(f"{layer.name}.weight") for layer in self.sizes.layers]
         stored = sum(info.elements * TORCH_DTYPES[info.dtype].itemsize * 8 for info in weights)
         return row | {
@@ -310,3 +306,15 @@ class Comparison:
             "before": activations.before(measured),
             "activations_on": measured["on"],
         }
+
+
+def _sizes(made: Plan, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a finished artifact."""
+    counts = sorted({layer.spec.outliers for layer in made.layers})
+    return {
+        "linear_bits": made.linear_bits,
+        "claimed_bits": made.claimed_after(layers),
+        "model_bits": made.model_bits,
+        "bytes": made.total_bytes,
+        "outliers": [counts[0], counts[-1]],
+    }
