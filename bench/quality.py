@@ -35,6 +35,7 @@ IDEAS: dict[str, tuple[str, ...]] = {
     "asymmetric target": ("calibration.asymmetry",),
     "residual correction": ("calibration.residual",),
     "Hadamard in each group": ("transform.hadamard",),
+    "bits where the loss feels them": ("allocate",),
 }
 
 
@@ -64,6 +65,7 @@ def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]
         yield "the path", label, base.with_options(options(best, names[:count]))
     for idea in names:
         yield "the default without", idea, best.with_options(options(base, [idea]))
+    yield "tuning", f"{BEST} --tune", best.with_options({"tune": {}})
     for name in (BASE, BEST):
         for seed in seeds:
             yield "seeds", f"{name}, seed {seed}", preset(name).with_options({"calibration.seed": seed})

@@ -107,6 +107,9 @@ def contrast(colours: list[str]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+MIXED = '{"*.mlp.*": {"bits": 3}}'
+
+
 @pytest.fixture(scope="module")
 def compared(
     models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path_factory: pytest.TempPathFactory
@@ -118,6 +121,7 @@ def compared(
     outcome = support.run_cli(
         *("compare", models["llama"], "--calib", calibration_file, "--out", root / "out"),
         *("--methods", "original,rtn,wgm,bwa,bwa:weights.feedback=column,weights.levels=dp,weights.order=descending"),
+        *("--methods", f"bwa:sites={MIXED}"),
         *("--text", evaluation_file, "--text", second),
         *("--sequences", "2", "--length", "48", "--window", "48", "--windows", "2"),
     )
@@ -128,7 +132,7 @@ def compared(
 @pytest.fixture(scope="module")
 def of_artifact(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = tmp_path_factory.mktemp("page") / "artifact.html"
-    outcome = support.run_cli("report", artifact(), "--out", page)
+    outcome = support.run_cli("report", artifact(options={"sites": json.loads(MIXED)}), "--out", page)
     assert outcome.code == 0, outcome.err
     return page
 
@@ -146,13 +150,15 @@ def test_a_page_stands_alone(compared: Path, of_artifact: Path) -> None:
 def test_the_page_of_an_artifact_counts_as_plan_does(
     of_artifact: Path, artifact: Callable[..., Path], models: dict[str, Path]
 ) -> None:
-    planned = support.run_cli("plan", models["llama"], "--json").json
+    planned = support.run_cli("plan", models["llama"], "--set", f"sites={MIXED}", "--preset", "bwa", "--json").json
     cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", of_artifact.read_text())]
     for key in ("linear_weights", "linear_bytes", "parameters", "total_bytes"):
         assert f"{planned[key]:,}" in cells, key
     for key in ("linear_bits", "model_bits"):
         assert f"{planned[key]:.4f}" in cells, key
-    layers = json.loads((artifact() / "bitwright_manifest.json").read_text())["layers"]
+    made = artifact(options={"sites": json.loads(MIXED)})
+    layers = json.loads((made / "bitwright_manifest.json").read_text())["layers"]
+    assert "weights 2 to 3-bit, activations 4-bit, key-value cache 4-bit" in of_artifact.read_text()
     assert all(layer["linear"] in cells and f"{layer['error']:.5f}" in cells for layer in layers)
 
 
@@ -178,8 +184,9 @@ def test_no_complaints_and_no_requests(compared: Path, of_artifact: Path, tmp_pa
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_it_reads_well(compared: Path, of_artifact: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    kinds = {"perplexity against": 2, "relative output error": 4, "largest activation": 8}
-    for page, expected in ((compared, kinds), (of_artifact, {"relative output error": 1})):
+    maps = {"relative output error": 1, "honest bits": 1}
+    kinds = {"perplexity against": 2, "relative output error": 5, "honest bits": 1, "largest activation": 8}
+    for page, expected in ((compared, kinds), (of_artifact, maps)):
         found = measured(page, tmp_path, width, dark)
         assert found["inner"] == width
         assert found["scroll"] <= width

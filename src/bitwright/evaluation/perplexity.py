@@ -130,8 +130,7 @@ def _protocol(windows: Tensor, tokens: Tensor, bos: bool, recipe: Any, dtype: st
     if recipe is None:
         quantized = "nothing quantized"
     else:
-        bits = sorted({recipe.weights.bits, *(site.bits for site in recipe.sites.values() if site.bits)})
-        weights = f"weights {' to '.join(str(b) for b in dict.fromkeys((bits[0], bits[-1])))}-bit {recipe.name}"
+        weights = f"weights {recipe.weight_bits}-bit {recipe.name}"
         activations = f"activations {recipe.activations.bits}-bit" if recipe.activations else "activations 16-bit"
         cache = f"KV cache {recipe.kv.bits}-bit" if recipe.kv else "KV cache 16-bit"
         quantized = f"{weights}, {activations}, {cache}"

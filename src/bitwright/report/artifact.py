@@ -9,7 +9,8 @@ from typing import Any
 from bitwright.artifact.manifest import read_manifest
 from bitwright.errors import ArtifactError
 from bitwright.models.checkpoint import read_header, read_json
-from bitwright.report.page import Page, common_provenance, error_section, recipe_setting
+from bitwright.recipe import Recipe
+from bitwright.report.page import Page, bits_section, common_provenance, error_section, recipe_setting
 from bitwright.report.tables import Column, Row, Table, perplexity_word
 
 
@@ -19,12 +20,14 @@ def artifact_page(directory: Path) -> Page:
     config = read_json(directory / "config.json", ArtifactError)
     layers = manifest["layers"]
     recipe = manifest["recipe"]
+    stored = Recipe.from_dict(config["quantization_config"]["recipe"])
+    mixed = [("", layers)] if stored.sites else []
     return Page(
         title=f"{manifest['model']['name']}, quantized with recipe {recipe['name']}",
         subtitle=f"{config['architectures'][0]}; every figure is from the artifact's manifest and headers."
         " `bitwright verify` checks every byte.",
-        tables=[_sizes(directory, manifest, config), _quality(manifest)],
-        sections=[error_section([("", layers)])],
+        tables=[_sizes(directory, manifest, config), _quality(manifest, stored)],
+        sections=[*bits_section(mixed), error_section([("", layers)])],
         settings=[recipe_setting(f"recipe {recipe['name']}", recipe, layers)],
         provenance=common_provenance(manifest),
     )
@@ -61,10 +64,9 @@ def _sizes(directory: Path, manifest: dict[str, Any], config: dict[str, Any]) ->
     )
 
 
-def _quality(manifest: dict[str, Any]) -> Table:
-    recipe = manifest["recipe"]
-    parts = {"weights": "weights", "activations": "activations", "kv": "key-value cache"}
-    bits = ", ".join(f"{word} {(recipe[part] or {'bits': 16})['bits']}-bit" for part, word in parts.items())
+def _quality(manifest: dict[str, Any], recipe: Recipe) -> Table:
+    activations, cache = (part.bits if part else 16 for part in (recipe.activations, recipe.kv))
+    bits = f"weights {recipe.weight_bits}-bit, activations {activations}-bit, key-value cache {cache}-bit"
     rows = []
     for part, row in manifest["measured"].items():
         name = f"{manifest[part]['name']}{' (calibrated on: flatters)' if part == 'calibration' else ''}"

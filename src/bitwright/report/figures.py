@@ -11,11 +11,14 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bitwright.errors import BitwrightError
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
 
 # Colours that the page's style sheet defines (templates/page.html.j2), and what stands for them in a drawing.
 INK = {
@@ -174,26 +177,51 @@ def error_range(layers: Iterable[dict[str, Any]]) -> tuple[float, float]:
 
 
 def error_map(name: str, layers: Sequence[dict[str, Any]], limits: tuple[float, float]) -> str:
-    """Relative output error of each linear: blocks down, linears across in the order of their sites."""
-    import matplotlib
+    """Relative output error of each linear, logarithmic colours from the first to the second of `limits`."""
     from matplotlib.colors import LogNorm
+
+    low, high = limits
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    ticks = [low, math.sqrt(low * high), high] if high > low else [low]
+    return _map(name, layers, "error", norm, ticks, "relative output error by block and linear")
+
+
+def bits_range(layers: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Fewest and most bits a weight, for a colour scale that several heat maps share."""
+    bits = [layer["bits"] for layer in layers]
+    return min(bits), max(bits)
+
+
+def bits_map(name: str, layers: Sequence[dict[str, Any]], limits: tuple[float, float]) -> str:
+    """Honest bits a weight of each linear, on a scale of colours from the first to the second of `limits`."""
+    from matplotlib.colors import Normalize
+
+    low, high = limits
+    ticks = [low, (low + high) / 2, high]
+    return _map(name, layers, "bits", Normalize(low, high), ticks, "honest bits a weight by block and linear")
+
+
+def _map(
+    name: str, layers: Sequence[dict[str, Any]], key: str, norm: Normalize, ticks: Sequence[float], alt: str
+) -> str:
+    """A colour for each linear: blocks down, linears across in the order of their sites."""
+    import matplotlib
 
     blocks = sorted({layer["block"] for layer in layers})
     columns: list[tuple[str, str]] = []
     for layer in layers:
-        key = (layer["site"], layer["linear"].rpartition(".")[2].removesuffix("_proj"))
-        if key not in columns:
-            columns.append(key)
+        column = (layer["site"], layer["linear"].rpartition(".")[2].removesuffix("_proj"))
+        if column not in columns:
+            columns.append(column)
     values = np.full((len(blocks), len(columns)), np.nan)
     for layer in layers:
         column = (layer["site"], layer["linear"].rpartition(".")[2].removesuffix("_proj"))
-        values[blocks.index(layer["block"]), columns.index(column)] = layer["error"]
-    low, high = limits
+        values[blocks.index(layer["block"]), columns.index(column)] = layer[key]
     with matplotlib.rc_context(_style()):
         figure = _figure(0.95 + min(4.2, max(1.0, 0.19 * len(blocks))))
         axes = figure.add_subplot()
-        norm = LogNorm(low, high if high > low else low * 1.01)
-        image = axes.imshow(np.clip(values, low, high), norm=norm, cmap="viridis", aspect="auto", interpolation="none")
+        values = np.clip(values, norm.vmin, norm.vmax)
+        image = axes.imshow(values, norm=norm, cmap="viridis", aspect="auto", interpolation="none")
         axes.set_xticks(range(len(columns)), [short for _, short in columns])
         step = max(1, math.ceil(len(blocks) / 12))
         axes.set_yticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
@@ -210,14 +238,9 @@ def error_map(name: str, layers: Sequence[dict[str, Any]], limits: tuple[float, 
             spine.set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
-        _colour_ticks(bar, low, high)
-        return _svg(figure, name, "relative output error by block and linear")
-
-
-def _colour_ticks(bar: Any, low: float, high: float) -> None:
-    ticks = [low, math.sqrt(low * high), high] if high > low else [low]
-    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
-    bar.ax.minorticks_off()
+        bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks])
+        bar.ax.minorticks_off()
+        return _svg(figure, name, alt)
 
 
 def activation_curves(

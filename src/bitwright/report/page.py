@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -78,7 +79,8 @@ def comparison_page(results: dict[str, Any]) -> Page:
     if quantized:
         titled = [(f"{number}. {row['label']}", row["layers"])
                   for number, row in enumerate(results["methods"], 1) if row["recipe"]]  # fmt: skip
-        sections.append(error_section(titled))
+        mixed = [bool(row["recipe"].get("allocate") or row["recipe"].get("sites")) for row in quantized]
+        sections += [*bits_section(list(compress(titled, mixed))), error_section(titled)]
     sections.append(_activations(results))
     settings = [
         recipe_setting(f"{number}. {row['label']}", row["recipe"], row["layers"])
@@ -129,6 +131,21 @@ def error_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> Section:
         f"{' and mean the same in all maps' if len(titled) > 1 else ''}; figures are under Settings.",
         [Figure(figures.error_map(f"error{i}", layers, limits), title) for i, (title, layers) in enumerate(titled)],
     )
+
+
+def bits_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> list[Section]:
+    """A heat map for each (title, layers) of a recipe with sites stored in ways of their own; nothing for none."""
+    if not titled:
+        return []
+    limits = figures.bits_range(layer for _, layers in titled for layer in layers)
+    return [
+        Section(
+            "Bits by layer and site",
+            "Honest bits a weight where sites are stored in ways of their own: codes, levels, scales, int8 channels,"
+            " and with the first linear of a site the order of its inputs.",
+            [Figure(figures.bits_map(f"bits{i}", layers, limits), title) for i, (title, layers) in enumerate(titled)],
+        )
+    ]
 
 
 def _activations(results: dict[str, Any]) -> Section:
