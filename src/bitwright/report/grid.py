@@ -1,4 +1,4 @@
-"""Which methods a comparison runs: presets with options by name, and the grids of the BWA paper's tables.
+"""Which methods a comparison runs: presets with options by name, all presets, and the grids of the BWA paper's tables.
 
 A method is written as a preset and its options, `bwa:weights.feedback=column,weights.levels=dp`, or `original`, the
 model as it is. A grid stands for a list of methods. Presets are looked up in the recipe when they are asked for: one
@@ -8,6 +8,7 @@ that is added there later joins by its name.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of the BWA paper: what it shows, and its (label, method) rows for a narrowest layer of so many inputs."""
+    """Methods by one name: what they show, their (label, method) rows for a narrowest layer of so many inputs."""
 
     title: str
     rows: Callable[[int], list[tuple[str, str]]]
@@ -62,6 +63,10 @@ def _table1(_: int) -> list[tuple[str, str]]:
 # Preset bwa taken apart; docs/recipe.md says what each option is.
 _PLAIN = "weights.importance=none,activations.balance=none"
 _GPTQ1 = f"weights.bits=1,weights.levels=minmax,weights.feedback=column,{_PLAIN}"
+
+
+def _presets(_: int) -> list[tuple[str, str]]:
+    return [(ORIGINAL, ORIGINAL), *((name, name) for name in PRESETS)]
 
 
 def _table4(_: int) -> list[tuple[str, str]]:
@@ -95,11 +100,24 @@ def _table9(columns: int) -> list[tuple[str, str]]:
 
 
 GRIDS: dict[str, Grid] = {
+    "presets": Grid("Every preset", _presets),
     "paper-table1": Grid("Methods beside each other (Table 1 of the BWA paper)", _table1),
     "paper-table4": Grid("Minimum-distance levels and 1+1 grouping (Table 4 of the BWA paper)", _table4),
     "paper-table5": Grid("Ablation ladder (Table 5 of the BWA paper)", _table5),
     "paper-table9": Grid("Number of int8 outlier channels (Table 9 of the BWA paper)", _table9),
 }
+
+
+def split_commas(text: str) -> list[str]:
+    """The parts between commas that stand in no bracket and no string of JSON, without blanks around them."""
+    parts, depth = [""], 0
+    for token in re.findall(r'"(?:\\.|[^"\\])*"|.', text, re.DOTALL):
+        depth += (token in "{[") - (token in "}]")
+        if token == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
 
 
 def split_methods(words: Iterable[str]) -> list[str]:
@@ -110,7 +128,7 @@ def split_methods(words: Iterable[str]) -> list[str]:
     methods: list[str] = []
     for word in words:
         first = True
-        for piece in (piece.strip() for piece in word.split(",")):
+        for piece in split_commas(word):
             if not piece:
                 continue
             option = "=" in piece and ":" not in piece.partition("=")[0]
@@ -131,7 +149,7 @@ def parse_method(text: str, common: Mapping[str, Any], label: str | None = None)
         if options:
             raise RecipeError(f"method {text!r}: the original has no options; write 'original'")
         return Method(text, label or text, None)
-    changes = dict(parse_option(option) for option in options.split(",")) if options else {}
+    changes = dict(parse_option(option) for option in split_commas(options)) if options else {}
     try:
         recipe = PRESETS[name].with_options({**common, **changes})
     except RecipeError as error:
@@ -151,7 +169,7 @@ def choose(words: Iterable[str], common: Mapping[str, Any], columns: int) -> tup
             titles.append(GRIDS[word].title)
             asked.extend(GRIDS[word].rows(columns))
         else:
-            asked.append((word.replace(":", " ", 1).replace(",", " "), word))
+            asked.append((" ".join(split_commas(word.replace(":", " ", 1))), word))
     methods: list[Method] = []
     unknown: list[str] = []
     for label, text in dict.fromkeys(asked):
