@@ -143,7 +143,10 @@ def about(directory: Path) -> list[str] | None:
         recipe, sizes = manifest["recipe"], [math.prod(layer["shape"]) for layer in manifest["layers"]]
         bits = sum(layer["bits"] * size for layer, size in zip(manifest["layers"], sizes, strict=True)) / sum(sizes)
         planes = f"{recipe['activations']['bits']} bits" if recipe["activations"] else "16 bits"
-        cells = [f"bitwright {manifest['bitwright']}", recipe["name"], planes, str(recipe["weights"]["group"])]
+        target = (recipe.get("allocate") or {}).get("target", "auto")
+        chosen = [f"--target-bits {target}"] if target != "auto" else []
+        setting = " ".join([recipe["name"], *chosen, *(["--tune"] if recipe.get("tune") else [])])
+        cells = [f"bitwright {manifest['bitwright']}", setting, planes, str(recipe["weights"]["group"])]
         return [*cells, f"{bits:.4f}", ""]
     return None
 

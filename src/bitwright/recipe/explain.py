@@ -25,7 +25,7 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
         *parents, leaf = [str(part) for part in problem["loc"]]
         return unknown_key(where, _fields(recipe, parents), leaf)
     if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
+        return ": ".join(part for part in (where, str(problem["ctx"]["error"])) if part)
     if problem["type"] == "model_type":
         keys = ", ".join(_fields(recipe, [str(part) for part in problem["loc"]]))
         return f"{where} = {problem['input']!r}: input should be an object with the keys {keys}"
@@ -36,8 +36,8 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
-    """The dotted key of a place in a pydantic report."""
-    return ".".join(str(part) for part in loc if part not in ("int", "literal['auto']")) or "recipe"
+    """The dotted key of a place in a pydantic report; empty for the whole recipe."""
+    return ".".join(str(part) for part in loc if part not in ("int", "literal['auto']"))
 
 
 def _fields(recipe: type[BaseModel], parents: list[str]) -> Mapping[str, Any]:

@@ -81,7 +81,7 @@ class Recipe(Part):
         try:
             weights = self._with(changes)
         except ValidationError as error:
-            raise ValueError(f"{key}: {explain(error, WeightRecipe).removeprefix('recipe: ')}") from None
+            raise ValueError(f"{key}: {explain(error, WeightRecipe)}") from None
         if self.transform.rotation != "none" and weights.outliers != 0:
             raise ValueError(
                 f"{key}: transform.rotation = '{self.transform.rotation}' leaves no channels to set aside;"
