@@ -24,7 +24,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor."""
+    """What a safetensors header says of one tensor; `name` is that in the file."""
 
     name: str
     dtype: str
@@ -131,6 +131,10 @@ class Checkpoint:
                 raise ModelError(f"tensor {name} is named in {index} but is not in {self.directory / expected[name]}")  # type: ignore[index]
         return tensors
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors otherwise than the files do: {name in the files: the name from now on}."""
+        self.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
+
     @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
@@ -159,7 +163,7 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as handle:
                     for name in members:
                         self._check_dtype(name)
-                        stored = handle.get_tensor(name)
+                        stored = handle.get_tensor(self.tensors[name].name)
                         values[name] = stored.clone() if dtype is None else stored.to(dtype, copy=True)
                         del stored
             except (SafetensorError, OSError) as problem:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitwright.errors import ModelError
 from bitwright.models.checkpoint import Checkpoint
 from bitwright.models.frame import Frame
+from bitwright.models.names import model_names
 from bitwright.models.passes import Call, first_line, materialized, record_calls
 from bitwright.models.sites import SiteInfo, find_linears, find_sites
 from bitwright.models.writers import find_writers
@@ -42,6 +43,7 @@ class Skeleton(Frame):
         # First: an architecture that is not supported often has other names in its files, too.
         for index in range(len(self.blocks)):
             find_linears(self, index)
+        checkpoint.rename(model_names(self.model, checkpoint.tensors))
         self._check_names()
 
     def _load_config(self) -> Any:
