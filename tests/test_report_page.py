@@ -145,6 +145,8 @@ def test_a_page_stands_alone(compared: Path, of_artifact: Path) -> None:
         assert len(text) < 1_500_000
     assert "a-text-with-a-rather-long-name-&lt;b&gt;&amp;.txt" in compared.read_text()
     assert "<b>&" not in compared.read_text()
+    widths = re.findall(r'data-name="W/A/KV bits">([^<]*)<', compared.read_text())
+    assert widths == ["32/16/16", "2/4/4", "6/16/16", "2/4/4", "2/4/4", "2 to 3/4/4"]
 
 
 def test_the_page_of_an_artifact_counts_as_plan_does(

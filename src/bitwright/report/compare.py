@@ -312,6 +312,7 @@ def _sizes(made: Plan, layers: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a finished artifact."""
     counts = sorted({layer.spec.outliers for layer in made.layers})
     return {
+        "weight_bits": made.recipe.weight_bits,
         "linear_bits": made.linear_bits,
         "claimed_bits": made.claimed_after(layers),
         "model_bits": made.model_bits,

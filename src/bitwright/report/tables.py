@@ -48,11 +48,13 @@ def perplexity_word(value: float | None) -> str:
 
 
 def widths(row: dict[str, Any]) -> str:
-    """Bits of weights, activations and cache, as `2/4/4`."""
+    """Bits of weights, activations and cache, as `2/4/4`, or `2 to 3/4/4` where sites have bits of their own."""
     recipe = row["recipe"]
     if recipe is None:
         return f"{row['linear_bits']:.0f}/16/16"
-    return "/".join(str((recipe[part] or {"bits": 16})["bits"]) for part in ("weights", "activations", "kv"))
+    return "/".join(
+        [row["weight_bits"], *(str((recipe[part] or {"bits": 16})["bits"]) for part in ("activations", "kv"))]
+    )
 
 
 def points(results: dict[str, Any], text: int) -> list[tuple[int, float, float]]:
