@@ -106,12 +106,12 @@ def test_casts_keep_the_integers(
 def test_command_line(models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path) -> None:
     """plan, quantize, verify, generate, eval; a damaged code is found."""
     out = tmp_path / "out"
-    asked = ["--set", "outer.embedding=4", "--set", "outer.head=8"]
+    asked = ["--preset", "bwa", "--set", "outer.embedding=4", "--set", "outer.head=8"]
     plan = support.run_cli("plan", models["mistral"], *asked, "--json").json
     assert {name: entry["bits"] for name, entry in plan["outer"].items()} == {EMBEDDING: 4, HEAD: 8}
     assert plan["outer"][HEAD]["bytes"] == 300 * (96 + 2)
     assert plan["outer"][HEAD]["bits_per_weight"] == pytest.approx(8 * 98 / 96)
-    whole = support.run_cli("plan", models["mistral"], "--json").json
+    whole = support.run_cli("plan", models["mistral"], "--preset", "bwa", "--json").json
     assert plan["model_bits"] < whole["model_bits"]
     assert whole["total_bytes"] - plan["total_bytes"] == pytest.approx(300 * (2 * 192 - 98 - 50), abs=400)
     assert f"{8 * 98 / 96:.4f} bits a weight" in support.run_cli("plan", models["mistral"], *asked).out

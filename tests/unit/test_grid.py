@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright.errors import RecipeError
@@ -14,11 +14,13 @@ from bitwright.report.grid import choose, split_commas, split_methods
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
-    lambda parts: st.lists(parts) | st.dictionaries(st.text(), parts),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(), parts, max_size=3),
+    max_leaves=6,
 )
 
 
-@given(st.lists(ANY_JSON, min_size=1))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ANY_JSON, min_size=1, max_size=4))
 def test_json_is_never_split(values: list[object]) -> None:
     assert [json.loads(part) for part in split_commas(",".join(map(json.dumps, values)))] == values
 
