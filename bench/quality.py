@@ -1,10 +1,11 @@
 """The ablation of the default recipe on one model: ideas alone, the path from the paper to it, and it without each.
 
-    python bench/quality.py MODEL --calib wiki=train.txt --calib c4=sample.txt@0:0.5 \
+    python bench/quality.py MODEL --calib wiki=train.txt --calib c4=sample.txt@0:0.5 --brief c4 \
         --text wikitext2.txt --text sample.txt@0.5:1 --spaced ptb.txt --out DIR
 
-Every row is quantized and measured by `bitwright compare`'s engine, on each calibration text: killed, the same command
-goes on. `FILE@a:b` is the part of a file from the share a to the share b. Writes DIR/quality.md and DIR/quality.json.
+Every row is quantized and measured by `bitwright compare`'s engine, on each calibration text (on brief ones the paper,
+the default and its tuning alone): killed, the same command goes on. `FILE@a:b` is the part of a file from the share a
+to the share b. Writes DIR/quality.md and DIR/quality.json.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]
         raise SystemExit(f"presets {BASE} and {BEST} differ in {', '.join(sorted(missing))}, which no idea names")
     for idea in names:
         yield "each idea alone", idea, base.with_options(options(best, [idea]))
-    for count in range(len(names) + 1):
+    for count in range(len(names)):
         label = BASE if count == 0 else f"+ {names[count - 1]}"
         yield "the path", label, base.with_options(options(best, names[:count]))
+    yield "the path", f"+ {names[-1]} ({BEST})", best
     for idea in names:
         yield "the default without", idea, best.with_options(options(base, [idea]))
     yield "tuning", f"{BEST} --tune", best.with_options({"tune": {}})
@@ -72,6 +74,11 @@ def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]
         for size in sizes:
             label = f"{name}, {size} segments"
             yield "calibration segments", label, preset(name).with_options({"calibration.sequences": size})
+
+
+def _decides(section: str, label: str, recipe: Recipe) -> bool:
+    """Whether it is a row of brief calibration texts: the paper, the default, the default tuned."""
+    return section == "tuning" or (section == "the path" and recipe in (preset(BASE), preset(BEST)))
 
 
 def _keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -101,7 +108,8 @@ def table(section: str, found: list[dict[str, Any]], texts: list[str]) -> list[s
     lines.append("|---" * (3 + len(heads)) + "|")
     for label in dict.fromkeys(row["label"] for row in found):
         same = [row for row in found if row["label"] == label]
-        cells = [f"{value:.4f}" for row in same for value in row["excess"]]
+        excess = {row["calibration"]: [f"{value:.4f}" for value in row["excess"]] for row in same}
+        cells = [cell for calibration in calibrations for cell in excess.get(calibration, [""] * len(texts))]
         seconds = statistics.median(row["seconds"] for row in same)
         lines.append(f"| {label} | {same[0]['bits']:.4f} | {seconds:.0f} | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -119,6 +127,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="at most so many windows of each text")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sizes", default="32,64")
+    parser.add_argument("--brief", action="append", default=[], help="names of calibration texts for few rows")
     parser.add_argument("--sections", help="only sections whose names begin so, separated by commas")
     parser.add_argument("--out", required=True, type=Path)
     asked = parser.parse_args()
@@ -135,7 +144,8 @@ def main() -> None:
     for word in asked.calib:
         name, _, path = word.partition("=")
         methods = [Method(ORIGINAL, ORIGINAL, None)]
-        for section, label, recipe in wanted:
+        here = [row for row in wanted if name not in asked.brief or _decides(*row)]
+        for section, label, recipe in here:
             shared = {"calibration.sequences": asked.sequences, "calibration.length": asked.length}
             changed = {
                 key: value for key, value in shared.items() if value_at(recipe, key) == value_at(preset(BASE), key)
@@ -149,7 +159,7 @@ def main() -> None:
             Measuring(texts, asked.window, asked.windows),
         ).carry_out()
         by_key = {row["key"]: row for row in results["methods"]}
-        for (section, label, _), method in zip(wanted, methods[1:], strict=True):
+        for (section, label, _), method in zip(here, methods[1:], strict=True):
             row = by_key[method.key]
             found.append(
                 {
