@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bitwright
+import simulation
 import support
 from bitwright.calibration import Text, load_tokenizer, random_windows, text_of, tokenize
 from bitwright.demo import run as demo
@@ -202,7 +203,7 @@ def test_what_is_felt_is_what_a_site_costs(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32)
     tokens = tokenize(load_tokenizer(demo.MODEL), text, model.config.vocab_size)
     ids = random_windows(tokens, 16, 256, 0, text)[8:]  # the half that errors are measured on
-    matrices = support.stored_matrices(out)
+    matrices = simulation.stored_matrices(out)
     with torch.inference_mode():
         wanted = model(ids).logits.log_softmax(dim=-1)
         predicted, measured = [], []

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitwright
+import simulation
 import support
 from bitwright import native
 from bitwright.calibration import read_text
@@ -33,7 +34,7 @@ def test_original_equals_a_plain_loop(name: str, models: dict[str, Path], evalua
     tokens = tokens_of(models[name], content)
     for window, limit in ((None, 7), (50, 9), (64, None)):
         result = bitwright.evaluate(models[name], read_text([evaluation_file]), window=window, limit=limit)
-        expected, count = support.plain_perplexity(model, tokens, window or support.CONTEXT, limit)
+        expected, count = simulation.plain_perplexity(model, tokens, window or support.CONTEXT, limit)
         assert result.perplexity == pytest.approx(expected, rel=1e-6)
         assert result.tokens == count
         bos = int(tokens[0] == 0)
@@ -51,9 +52,9 @@ def test_artifact_equals_a_plain_loop_over_the_simulation(
     models: dict[str, Path], artifact: Callable[..., Path], evaluation_file: Path
 ) -> None:
     """All quantizers are in the measurement: an independent simulation of all three gives the same."""
-    simulated, recipe = support.simulate(models["llama"], artifact("llama"), "kernels" if native.find() else "site")
+    simulated, recipe = simulation.simulate(models["llama"], artifact("llama"), "kernels" if native.find() else "site")
     tokens = tokens_of(models["llama"], evaluation_file.read_text())
-    expected, _ = support.plain_perplexity(simulated, tokens, 100, 8, recipe)
+    expected, _ = simulation.plain_perplexity(simulated, tokens, 100, 8, recipe)
     result = bitwright.evaluate(artifact("llama"), read_text([evaluation_file]), window=100, limit=8)
     # The lean path sums attention in another order; now and then that tips a 4-bit code.
     assert result.perplexity == pytest.approx(expected, rel=1e-3)
@@ -67,7 +68,7 @@ def test_stories260k(shared: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = tokens_of(directory, text.content)
     result = evaluate_model(model, AutoTokenizer.from_pretrained(directory), text, limit=8)
-    expected, count = support.plain_perplexity(model, tokens, 512, 8)
+    expected, count = simulation.plain_perplexity(model, tokens, 512, 8)
     assert result.perplexity == pytest.approx(expected, rel=1e-6)
     assert (result.tokens, result.windows) == (count, 8)
     # The first windows are harder than the whole; the ratio of bits to nats is the same for both.

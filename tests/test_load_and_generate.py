@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import bitwright
+import simulation
 import support
 from bitwright import native
 from bitwright.calibration import read_text
@@ -37,7 +38,7 @@ def test_generate(name: str, preset: str, models: dict[str, Path], artifact: Cal
     # Every linear of every block is packed, none is left as nn.Linear but the head.
     packed = {found for found, _ in quantized_linears(model)}
     plain = {found for found, module in model.named_modules() if type(module) is torch.nn.Linear}
-    assert packed == set(support.stored_matrices(directory))
+    assert packed == set(simulation.stored_matrices(directory))
     assert plain == {"lm_head"}
 
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
@@ -80,7 +81,7 @@ def test_save_and_reload(name: str, artifact: Callable[..., Path], tmp_path: Pat
     ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits(model, ids), logits(again, ids))
     before, after = support.read_tensors(artifact(name)), support.read_tensors(tmp_path / "again")
-    for layer in support.stored_matrices(artifact(name)):
+    for layer in simulation.stored_matrices(artifact(name)):
         own = {key for key in before if key.startswith(f"{layer}.") and not key.endswith((".weight", ".bias"))}
         assert own
         for key in own:
@@ -102,7 +103,7 @@ def test_casting_keeps_what_is_stored(how: str, dtype: torch.dtype, artifact: Ca
         assert module.stored()["outlier_scales"].dtype == torch.float16
         for part, tensor in module.state_dict().items():
             if part not in ("bias", "weight"):
-                assert torch.equal(tensor, support.as_tensor(stored[f"{name}.{part}"])), f"{name}.{part}"
+                assert torch.equal(tensor, simulation.as_tensor(stored[f"{name}.{part}"])), f"{name}.{part}"
         assert module.weight.dtype == dtype
         assert module.bias.dtype == dtype
     ids = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(1))
@@ -119,13 +120,13 @@ def test_dequantize(name: str, models: dict[str, Path], artifact: Callable[..., 
     packed = bitwright.load(directory)
     plain = packed.dequantize()
     assert not any(isinstance(module, QuantizedLinear) for module in plain.modules())
-    simulated, _ = support.simulate(models[name], directory, order="model")
-    for layer in support.stored_matrices(directory):
+    simulated, _ = simulation.simulate(models[name], directory, order="model")
+    for layer in simulation.stored_matrices(directory):
         assert torch.equal(plain.get_submodule(layer).weight, simulated.get_submodule(layer).weight)
     for module in simulated.modules():
         module._forward_pre_hooks.clear()
     ids = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(2))
-    assert support.relative_difference(logits(plain, ids), logits(simulated, ids)) <= 1e-6
+    assert simulation.relative_difference(logits(plain, ids), logits(simulated, ids)) <= 1e-6
     made = plain.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
     assert not isinstance(made.past_key_values, QuantizedKVCache)
     plain.save_pretrained(tmp_path / "plain")
@@ -189,7 +190,7 @@ def test_step_by_step_equals_one_pass(name: str, artifact: Callable[..., Path]) 
         cache = QuantizedKVCache(2, recipe.kv)
         steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0, 0] for i in range(60)]
     # A 4-bit code may flip where the last digit of a sum differs; most tokens agree far better than this.
-    assert support.relative_difference(torch.stack(steps), whole) <= 0.05
+    assert simulation.relative_difference(torch.stack(steps), whole) <= 0.05
     agree = (torch.stack(steps) - whole).norm(dim=-1) / whole.norm(dim=-1) < 1e-4
     assert float(agree.float().mean()) > 0.5
 

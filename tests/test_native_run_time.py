@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitwright
-import support
+import simulation
 from bitwright import native
 from bitwright.runtime import dense_weights, pack_sites, quantized_linears
 
@@ -29,7 +29,7 @@ def directory(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> 
 
 def test_every_linear_is_packed_and_computes_what_is_stored(directory: Path) -> None:
     model = bitwright.load(directory)
-    stored = support.stored_matrices(directory)
+    stored = simulation.stored_matrices(directory)
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
     for name, linear in quantized_linears(model):
@@ -55,8 +55,8 @@ def test_saving_a_packed_model_gives_the_stored_tensors(directory: Path, tmp_pat
     model = bitwright.load(directory)
     model.save_pretrained(tmp_path / "again")
     again = bitwright.load(tmp_path / "again")
-    before = support.stored_matrices(directory)
-    after = support.stored_matrices(tmp_path / "again")
+    before = simulation.stored_matrices(directory)
+    after = simulation.stored_matrices(tmp_path / "again")
     assert after.keys() == before.keys()
     for name, matrix in before.items():
         for part, tensor in matrix.tensors().items():

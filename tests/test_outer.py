@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitwright
+import simulation
 import support
 from bitwright.errors import ArtifactError
 from bitwright.evaluation import load
@@ -60,7 +61,7 @@ def test_stored_and_loaded(
     for module, bits in wanted.items():
         expected = quantize_outer(original[f"{module}.weight"], bits, 32)
         for part, tensor in expected.tensors().items():
-            assert torch.equal(support.as_tensor(stored[f"{module}.{part}"]), tensor)
+            assert torch.equal(simulation.as_tensor(stored[f"{module}.{part}"]), tensor)
         assert stored[f"{module}.weight"].shape == (0,)
         assert torch.equal(model.get_submodule(module).matrix().dequantize(), expected.dequantize())
     assert f"{HEAD}.weight" not in stored or not tied
@@ -97,7 +98,7 @@ def test_casts_keep_the_integers(
         outer = model.get_input_embeddings()
         assert outer.weight.dtype == dtype
         for part, tensor in outer.matrix().tensors().items():
-            assert torch.equal(tensor, support.as_tensor(stored[f"{EMBEDDING}.{part}"]))
+            assert torch.equal(tensor, simulation.as_tensor(stored[f"{EMBEDDING}.{part}"]))
         assert model(IDS).logits.dtype == torch.float32
     # `to` casts the rotary tables as well, which the first position does not feel.
     assert torch.equal(logits(loaded)[:, 0], logits(cast)[:, 0])

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import bitwright
+import simulation
 import support
 from bitwright.calibration import Text, load_tokenizer, read_text, text_of, tokenize
 from bitwright.runtime import quantized_linears
@@ -39,13 +40,13 @@ def window_ids(model: Path, text: Text, length: int) -> torch.Tensor:
 
 def whole_model(model: Path, artifact: Path, ids: torch.Tensor) -> float:
     """Relative difference of the logits of the packed and of the simulated model."""
-    packed = support.block_by_block(bitwright.load(artifact))
+    packed = simulation.block_by_block(bitwright.load(artifact))
     native = any(linear.packed is not None for _, linear in quantized_linears(packed))
-    simulated, recipe = support.simulate(model, artifact, "kernels" if native else "site")
-    ours = support.logits_of(packed, ids, recipe)
-    theirs = support.logits_of(simulated, ids, recipe)
+    simulated, recipe = simulation.simulate(model, artifact, "kernels" if native else "site")
+    ours = simulation.logits_of(packed, ids, recipe)
+    theirs = simulation.logits_of(simulated, ids, recipe)
     assert ours.shape == theirs.shape == (*ids.shape, packed.config.vocab_size)
-    return support.relative_difference(ours, theirs)
+    return simulation.relative_difference(ours, theirs)
 
 
 def worst_linear(model: Path, artifact: Path, ids: torch.Tensor) -> tuple[float, int]:
@@ -53,8 +54,8 @@ def worst_linear(model: Path, artifact: Path, ids: torch.Tensor) -> tuple[float,
 
     The simulated linears hold the weights in the model's channel order: the permutation is undone on both sides.
     """
-    simulated, recipe = support.simulate(model, artifact, order="model")
-    packed = support.block_by_block(bitwright.load(artifact))
+    simulated, recipe = simulation.simulate(model, artifact, order="model")
+    packed = simulation.block_by_block(bitwright.load(artifact))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -62,10 +63,11 @@ def worst_linear(model: Path, artifact: Path, ids: torch.Tensor) -> tuple[float,
 
     for name, module in quantized_linears(packed):
         module.register_forward_hook(watch(name))
-    support.logits_of(packed, ids[:1], recipe)
+    simulation.logits_of(packed, ids[:1], recipe)
     with torch.inference_mode():
         found = [
-            support.relative_difference(output, simulated.get_submodule(name)(x)) for name, (x, output) in seen.items()
+            simulation.relative_difference(output, simulated.get_submodule(name)(x))
+            for name, (x, output) in seen.items()
         ]
     return max(found), len(found)
 
@@ -75,7 +77,7 @@ def compare(label: str, model: Path, artifact: Path, ids: torch.Tensor, record: 
     record("whole_model", whole)
     record("worst_linear", linear)
     print(f"\n{label}: logits differ by {whole:.1e}, the worst of {count} linears on equal inputs by {linear:.1e}")
-    assert count == len(support.stored_matrices(artifact))
+    assert count == len(simulation.stored_matrices(artifact))
     assert whole <= TOLERANCE
     assert linear <= LINEAR_TOLERANCE
 
@@ -149,23 +151,24 @@ def test_the_comparison_can_fail(models: dict[str, Path], artifact: Callable[...
     model, made = models["llama"], artifact("llama")
     ids = window_ids(model, read_text([evaluation_file]), support.CONTEXT)
     recipe = bitwright.preset("bwa")
-    packed = support.logits_of(bitwright.load(made), ids, recipe)
-    original = support.logits_of(bitwright.load(model), ids, recipe)
-    without_cache = support.logits_of(bitwright.load(made), ids, recipe.with_options({"kv": None}))
+    packed = simulation.logits_of(bitwright.load(made), ids, recipe)
+    original = simulation.logits_of(bitwright.load(model), ids, recipe)
+    without_cache = simulation.logits_of(bitwright.load(made), ids, recipe.with_options({"kv": None}))
     plain = artifact("llama", "bwa", {"activations": None})
-    without_activations = support.logits_of(bitwright.load(plain), ids, recipe)
+    without_activations = simulation.logits_of(bitwright.load(plain), ids, recipe)
     for other in (original, without_cache, without_activations):
-        assert support.relative_difference(other, packed) > 10 * TOLERANCE
+        assert simulation.relative_difference(other, packed) > 10 * TOLERANCE
 
 
 def noise(label: str, model: Path, artifact: Path, ids: torch.Tensor, record: Record) -> None:
     """In the model's channel order the packed model is as far from the simulation as that is from its own reverse."""
-    recipe = support.simulate(model, artifact)[1]
+    recipe = simulation.simulate(model, artifact)[1]
     one, other = (
-        support.logits_of(support.simulate(model, artifact, order)[0], ids, recipe) for order in ("model", "reversed")
+        simulation.logits_of(simulation.simulate(model, artifact, order)[0], ids, recipe)
+        for order in ("model", "reversed")
     )
-    packed = support.logits_of(bitwright.load(artifact), ids, recipe)
-    floor, found = support.relative_difference(other, one), support.relative_difference(packed, one)
+    packed = simulation.logits_of(bitwright.load(artifact), ids, recipe)
+    floor, found = simulation.relative_difference(other, one), simulation.relative_difference(packed, one)
     record("noise_floor", floor)
     record("model_order", found)
     print(f"{label}: in the model's channel order {found:.1e}, the simulation against its own reverse {floor:.1e}")

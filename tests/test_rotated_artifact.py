@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bitwright
+import simulation
 import support
 from bitwright.calibration import text_of
 from bitwright.integrations.transformers import quantized_cache
@@ -35,9 +36,9 @@ FINE = {
 def test_rotated_and_finely_quantized_is_the_original(model: str, models: dict[str, Path], artifact: Artifact) -> None:
     ids = torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(0))
     recipe = bitwright.preset("quarot").with_options(FINE)
-    expected = support.logits_of(bitwright.load(models[model]), ids, recipe)
-    found = support.logits_of(bitwright.load(artifact(model, "quarot", FINE)), ids, recipe)
-    assert support.relative_difference(found, expected) < 0.35
+    expected = simulation.logits_of(bitwright.load(models[model]), ids, recipe)
+    found = simulation.logits_of(bitwright.load(artifact(model, "quarot", FINE)), ids, recipe)
+    assert simulation.relative_difference(found, expected) < 0.35
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_biases", "qwen3"])
@@ -56,13 +57,17 @@ def test_kept_tensors_against_dense_matrices(models: dict[str, Path], artifact: 
     before, after = support.read_tensors(models["llama"]), support.read_tensors(made)
     signs = RandomHadamard(72, 72, 0).signs(torch.ones(1, dtype=torch.float64))
     q = torch.diag(signs) @ matrix(72).double() / math.sqrt(72)
-    embedding, gamma = (support.as_tensor(before[f"model.{name}.weight"]).double() for name in ("embed_tokens", "norm"))
+    embedding, gamma = (
+        simulation.as_tensor(before[f"model.{name}.weight"]).double() for name in ("embed_tokens", "norm")
+    )
     assert "lm_head.weight" not in before
     for name, expected in (("model.embed_tokens", embedding @ q), ("lm_head", (embedding * gamma) @ q)):
-        torch.testing.assert_close(support.as_tensor(after[f"{name}.weight"]).double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            simulation.as_tensor(after[f"{name}.weight"]).double(), expected, rtol=1e-5, atol=1e-6
+        )
     norms = [name for name in after if "norm" in name]
     assert len(norms) == 5
-    assert all(torch.equal(support.as_tensor(after[name]), torch.ones(72)) for name in norms)
+    assert all(torch.equal(simulation.as_tensor(after[name]), torch.ones(72)) for name in norms)
 
 
 def test_config_and_plan_say_what_was_done(models: dict[str, Path], artifact: Artifact) -> None:
@@ -105,7 +110,7 @@ def test_keys_are_cached_turned(artifact: Artifact) -> None:
     keys[..., 3] *= 30
     got, _ = cache.update(keys, values, 0)
     plain, _ = QuantizedKVCache(1, bitwright.preset("bwa").kv).update(keys, values, 0)  # type: ignore[arg-type]
-    assert support.relative_difference(got, keys) < 0.2
+    assert simulation.relative_difference(got, keys) < 0.2
     quiet = [channel for channel in range(12) if channel != 3]
     # The step of a head follows its largest channel: unturned, the others drown in it.
     assert (got - keys)[..., quiet].norm() < 0.7 * (plain - keys)[..., quiet].norm()
@@ -119,8 +124,10 @@ def test_lean_and_transformers_forward_agree(artifact: Artifact) -> None:
     ids = torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(0))
     recipe = bitwright.preset("quarot")
     assert "forward" in model.model.__dict__
-    lean = support.logits_of(model, ids, recipe)
-    assert support.relative_difference(support.logits_of(support.block_by_block(model), ids, recipe), lean) < 2e-2
+    lean = simulation.logits_of(model, ids, recipe)
+    assert (
+        simulation.relative_difference(simulation.logits_of(simulation.block_by_block(model), ids, recipe), lean) < 2e-2
+    )
 
 
 def test_any_number_of_threads_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:

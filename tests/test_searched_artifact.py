@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 import bitwright
+import simulation
 import support
 from bitwright.calibration import Text, load_tokenizer, text_of, tokenize
 from bitwright.errors import ArtifactError, BitwrightError
@@ -87,7 +88,7 @@ def loss(model: Any, windows: Tensor, clips: list[float] | None) -> float:
     recipe = recipe_of(model)
     assert recipe is not None
     recipe = recipe if clips is not None else recipe.with_options({"kv": None})
-    scores = support.logits_of(model, windows, recipe, clips)
+    scores = simulation.logits_of(model, windows, recipe, clips)
     return sum(
         float(torch.nn.functional.cross_entropy(row[:-1], ids[1:])) for row, ids in zip(scores, windows, strict=True)
     ) / len(windows)
@@ -151,17 +152,17 @@ def test_packed_and_simulated_agree(
     model: str, preset: str, options: dict[str, Any], models: dict[str, Path], calibration: Text, artifact: Artifact
 ) -> None:
     made = artifact(model, preset, options)
-    packed = support.block_by_block(bitwright.load(made))
+    packed = simulation.block_by_block(bitwright.load(made))
     native = any(linear.packed is not None for _, linear in quantized_linears(packed))
-    simulated, recipe = support.simulate(models[model], made, "kernels" if native else "site")
+    simulated, recipe = simulation.simulate(models[model], made, "kernels" if native else "site")
     clips = config_of(made).get("cache", {}).get("clips")
     ids = windows_of(models[model], calibration, 0.02)[:2]
-    ours, theirs = (support.logits_of(one, ids, recipe, clips) for one in (packed, simulated))
-    assert support.relative_difference(ours, theirs) <= 1e-3
+    ours, theirs = (simulation.logits_of(one, ids, recipe, clips) for one in (packed, simulated))
+    assert simulation.relative_difference(ours, theirs) <= 1e-3
     # The ratios are part of it: without them the same model is far off.
     assert {spec.get("clip", 1.0) for spec in config_of(made)["layers"].values()} | set(clips or ()) != {1.0}
     if clips and any(ratio != 1.0 for ratio in clips):
-        assert support.relative_difference(support.logits_of(simulated, ids, recipe), ours) > 1e-2
+        assert simulation.relative_difference(simulation.logits_of(simulated, ids, recipe), ours) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_lean_and_transformers_forward_agree(
             return model(ids, past_key_values=quantized_cache(model, recipe), use_cache=True).logits
 
     lean = logits()
-    assert support.relative_difference(support.block_by_block(model) and logits(), lean) < 2e-2
+    assert simulation.relative_difference(simulation.block_by_block(model) and logits(), lean) < 2e-2
 
 
 class BreakAt(Silent):
@@ -278,9 +279,9 @@ def test_an_expanded_artifact(odd: Path, calibration: Text, tmp_path: Path) -> N
     # It loads, saves and loads again as any other.
     assert bitwright.verify(out) == []
     ids = torch.randint(0, 250, (1, 40), generator=torch.Generator().manual_seed(0))
-    expected = support.logits_of(model := bitwright.load(out), ids, recipe)
+    expected = simulation.logits_of(model := bitwright.load(out), ids, recipe)
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(support.logits_of(bitwright.load(tmp_path / "again"), ids, recipe), expected)
+    assert torch.equal(simulation.logits_of(bitwright.load(tmp_path / "again"), ids, recipe), expected)
     assert result.measured["calibration"]["loss_original"] == pytest.approx(
         bitwright.quantize(
             odd, tmp_path / "plain", recipe.with_options({"transform.expansion": "none"}), calibration, threads=2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bitwright
+import simulation
 import support
 from bitwright.calibration import Text
 from bitwright.codebook import CodebookMatrix
@@ -22,7 +23,7 @@ def solved(model: Path, out: Path, calibration: Text, **options: Any) -> dict[st
         {**support.SMALL, **{k.replace("__", "."): v for k, v in options.items()}}
     )
     bitwright.quantize(model, out, recipe, calibration)
-    return support.stored_matrices(out)
+    return simulation.stored_matrices(out)
 
 
 def same(a: CodebookMatrix, b: CodebookMatrix) -> bool:
