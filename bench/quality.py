@@ -133,6 +133,8 @@ def main() -> None:
     asked = parser.parse_args()
     if BEST not in PRESETS:
         raise SystemExit(f"there is no preset {BEST!r}")
+    if missing := set(asked.brief) - {word.partition("=")[0] for word in asked.calib}:
+        raise SystemExit(f"--brief names {', '.join(sorted(missing))}, which no --calib has")
     texts = [*(read(word) for word in asked.text), *(read(word, "space") for word in asked.spaced)]
     names = [text.name for text in texts]
     wanted = [

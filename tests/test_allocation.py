@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bitwright.demo import run as demo
 from bitwright.demo.corpus import calibration_text
 from bitwright.errors import RecipeError
 from bitwright.pipeline.run import Silent
-from bitwright.pipeline.sensitivity import of_all_rows
+from bitwright.pipeline.sensitivity import shrinkage
 
 ALLOCATE = {"bits": [1, 2, 3, 4], "rows": 24, "tokens": 128}
 FEW = support.SMALL | {"allocate": ALLOCATE}
@@ -140,29 +140,57 @@ def test_sites(models: dict[str, Path], calibration: Text, tmp_path: Path) -> No
     for block in (0, 1):
         assert {found[f"model.layers.{block}.self_attn.{name}_proj"]["bits"] for name in "qkv"} == {1}
     assert found["model.layers.0.self_attn.o_proj"]["outliers"] == 0
-    assert manifest(tmp_path / "out")["allocation"]["sites"].keys() <= {
-        "model.layers.1.self_attn.o_proj",
-        "model.layers.1.mlp.gate_proj",
-    }
+    chosen = manifest(tmp_path / "out")["allocation"]["sites"].keys()
+    assert (
+        set()
+        < chosen
+        <= {
+            "model.layers.1.self_attn.o_proj",
+            "model.layers.1.mlp.gate_proj",
+        }
+    )
 
 
 def test_refusals(models: dict[str, Path], calibration: Text, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    wide = {"transform.hadamard": "group", "allocate": {"groups": [32, 0]}}
     for options, words in (
+        ({"allocate": {"outliers": [100000]}}, r"self_attn.q_proj: weights.outliers = 100000"),
+        (wide, r"self_attn.q_proj: transform.hadamard = 'group' needs groups of inputs, found group = 0"),
         ({"allocate": {"target": 1.0}}, r"allocate.target = 1.0 is below the \d\.\d{4} bits a weight"),
         ({"sites": {"*.gait_proj": {"bits": 3}}}, r"'\*.gait_proj' fits none of the 14 linears .* like model.layers.0"),
     ):
         recipe = bitwright.preset("bwa").with_options(support.SMALL | options)
         with pytest.raises(RecipeError, match=words):
             bitwright.quantize(models["llama"], out, recipe, calibration)
+        with pytest.raises(RecipeError, match=words):
+            bitwright.plan(models["llama"], recipe)
         assert not out.exists()
+        assert not out.with_name("out.run").exists()
+
+
+def test_the_least_that_is_named_can_be_had(models: dict[str, Path], calibration: Text, tmp_path: Path) -> None:
+    recipe = bitwright.preset("bwa").with_options(FEW)
+    with pytest.raises(RecipeError) as refused:
+        bitwright.plan(models["llama"], recipe.with_options({"allocate.target": 0.5}))
+    least = re.search(r"below the (\d\.\d{4}) bits", str(refused.value))
+    assert least
+    asked = recipe.with_options({"allocate.target": float(least[1])})
+    made = bitwright.quantize(models["llama"], tmp_path / "out", asked, calibration)
+    assert made.plan.linear_bits == pytest.approx(float(least[1]), abs=1e-3)
+    assert made.plan.weight_bits == "1"
+    more = bitwright.plan(models["llama"], recipe.with_options({"allocate.target": 6.0}))
+    assert more.bound == int(6.0 * more.linear_weights / 8)
+    assert more.work_disk >= bitwright.plan(models["llama"], recipe).work_disk + more.bound - more.linear_bytes
 
 
 def test_command_line(models: dict[str, Path], calibration_file: Path, tmp_path: Path) -> None:
+    both = support.run_cli("plan", models["mistral"], "--target-bits", 3, "--set", "allocate=none")
+    assert "leave out one of them" in both.message
     few = ["--sequences", 4, "--length", 64, "--set", "allocate.rows=16", "--target-bits", 3.25]
     told = support.run_cli("plan", models["mistral"], "--target-bits", 3.25)
     assert told.code == 0
-    assert "at most 3.2500 bits a weight in all" in " ".join(told.out.split())
+    assert "at most 3.2500 bits a weight in all" in " ".join(told.out.replace("│", " ").split())
     done = support.run_cli("quantize", models["mistral"], tmp_path / "out", "--calib", calibration_file, *few, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["linear_bits"] <= 3.25
@@ -177,14 +205,22 @@ def divergence(wanted: Tensor, found: Tensor) -> float:
     return float((wanted.exp() * (wanted - found)).sum(dim=-1).mean())
 
 
-def test_some_rows_stand_for_all() -> None:
-    """The mean over all choices of rows is the figure of all rows."""
-    products = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) + 0.1
-    exact = of_all_rows(products, 7)
-    assert exact == pytest.approx(float(products.double().sum(dim=1).square().mean()))
-    for some in (2, 4):
-        found = [of_all_rows(products[:, list(rows)], 7) for rows in itertools.combinations(range(7), some)]
-        assert sum(found) / len(found) == pytest.approx(exact)
+def test_shrinkage() -> None:
+    """Outputs that shrink and err beside it are told apart, and few rows tell nearly what all do."""
+    random = torch.Generator().manual_seed(0)
+    wanted = torch.randn(4000, 512, generator=random)
+    noise = 0.05 * torch.randn(4000, 512, generator=random)
+    share, rest = shrinkage(wanted, 0.9 * wanted)
+    assert share == pytest.approx(0.1)
+    assert rest == pytest.approx(0.0, abs=1e-6)
+    found = 0.93 * wanted + noise
+    exact = float((wanted - found).double().sum(dim=1).square().sum())
+    for rows in (8, 64, 512):
+        share, rest = shrinkage(wanted[:, :rows], found[:, :rows])
+        assert share == pytest.approx(0.07, abs=0.003)
+        common = float((share * wanted.double().sum(dim=1)).square().sum())
+        assert common + rest * 512 / rows == pytest.approx(exact, rel=0.1)
+    assert shrinkage(torch.zeros(3, 2), torch.ones(3, 2)) == (0.0, 6.0)
 
 
 def test_what_is_felt_is_what_a_site_costs(tmp_path: Path) -> None:
@@ -196,7 +232,7 @@ def test_what_is_felt_is_what_a_site_costs(tmp_path: Path) -> None:
         "weights.outliers": 0,
         "calibration.sequences": 16,
         "calibration.length": 256,
-        "allocate": {"bits": [2], "outliers": [0], "tokens": 4096, "rows": 512},
+        "allocate": {"bits": [2], "outliers": [0], "tokens": 4096},
     }
     out, text = tmp_path / "out", text_of("calibration", calibration_text())
     bitwright.quantize(demo.MODEL, out, bitwright.preset("bwa").with_options(options), text)
@@ -214,6 +250,7 @@ def test_what_is_felt_is_what_a_site_costs(tmp_path: Path) -> None:
             predicted.append(losses[0])
             measured.append(divergence(wanted, other(ids).logits.log_softmax(dim=-1)))
     ratios = [a / b for a, b in zip(predicted, measured, strict=True)]
+    print(ratios)
     assert all(0.4 < ratio < 2.5 for ratio in ratios), ratios
     ranks = torch.tensor([predicted, measured]).argsort(dim=1).argsort(dim=1).float()
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.8

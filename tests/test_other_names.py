@@ -76,3 +76,28 @@ def test_what_is_missing_is_still_missing(pythia: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((pythia / "config.json").read_bytes())
     with pytest.raises(ModelError, match=r"lacks 1 of the \d+ tensors of GPTNeoXForCausalLM, first lm_head.weight"):
         Skeleton(Checkpoint(tmp_path))
+
+
+def test_a_comparison_leaves_out_what_does_not_fit(
+    pythia: Path, calibration_file: Path, evaluation_file: Path, tmp_path: Path
+) -> None:
+    argv = [
+        "compare",
+        pythia,
+        "--methods",
+        "original,quarot,rtn",
+        "--calib",
+        calibration_file,
+        "--out",
+        tmp_path / "out",
+    ]
+    argv += ["--text", evaluation_file, "--sequences", 2, "--length", 48, "--window", 48, "--windows", 2]
+    refused = support.run_cli(*argv)
+    assert refused.code == 1
+    assert "method 'quarot': " in refused.message
+    assert "GPTNeoXForCausalLM; --skip-unknown goes on without" in refused.message
+    assert not (tmp_path / "out").exists()
+    done = support.run_cli(*argv, "--skip-unknown", "--json")
+    assert done.code == 0, done.err
+    assert [row["label"] for row in done.json["methods"]] == ["original", "rtn"]
+    assert done.json["skipped"] == ["quarot"]

@@ -19,7 +19,7 @@ TEMPLATE = """\
 ---
 library_name: transformers
 base_model: {{ plan.model }}
-tags: [bitwright, quantized, w{{ plan.recipe.weights.bits }}a{{ activation_bits }}]
+tags: [bitwright, quantized, w{{ plan.weight_bits|replace(' to ', '-') }}a{{ activation_bits }}]
 ---
 
 # {{ plan.model }}, quantized with bitwright (recipe `{{ plan.recipe.name }}`)

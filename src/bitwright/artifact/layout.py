@@ -234,3 +234,9 @@ def check_version(config: Mapping[str, Any]) -> None:
     if version > FORMAT_VERSION or unknown:
         what = f"format version {version}" if version > FORMAT_VERSION else f"format feature {unknown[0]!r}"
         raise ArtifactError(f"the artifact uses {what}, which this bitwright does not know; upgrade bitwright")
+
+
+def bits_word(bits: Iterable[int]) -> str:
+    """`2`, or `2 to 3` where linears have codes of different bits."""
+    found = list(bits)
+    return " to ".join(str(count) for count in dict.fromkeys((min(found), max(found))))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitwright.errors import RecipeError
 from bitwright.recipe import DEFAULT, Recipe, parse_option, preset
 
 
@@ -51,7 +52,10 @@ def recipe_from(
         recipe = recipe.with_options({"allocate": {**on, "target": target_bits}})
     changes = dict(parse_option(option) for option in options)
     changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
-    return recipe.with_options(changes) if changes else recipe
+    made = recipe.with_options(changes) if changes else recipe
+    if target_bits is not None and made.allocate is None:
+        raise RecipeError("--target-bits asks for allocate, which --set allocate=none turns off; leave out one of them")
+    return made
 
 
 def outliers_option(text: str | None) -> str | int | None:

@@ -43,7 +43,8 @@ def show(plan: Plan) -> None:
     """Tables for people."""
     from rich.table import Table
 
-    layers = Table(title=f"{plan.model} ({plan.architecture}), recipe {plan.recipe.name}")
+    before = ", before bits are chosen" if plan.recipe.allocate else ""
+    layers = Table(title=f"{plan.model} ({plan.architecture}), recipe {plan.recipe.name}{before}")
     for column in ("linear", "site", "shape", "outliers", "bytes", "bits a weight"):
         layers.add_column(column, justify="left" if column in ("linear", "site") else "right")
     for layer in plan.layers:
@@ -59,6 +60,8 @@ def show(plan: Plan) -> None:
     totals = Table(show_header=False)
     totals.add_row("quantized linears", f"{plan.linear_weights:,} weights, {plan.linear_bytes:,} bytes")
     totals.add_row("", f"{plan.linear_bits:.4f} bits a weight, all counted")
+    if plan.bound != plan.linear_bytes:
+        totals.add_row("", f"at most {plan.bound:,} bytes once bits are chosen")
     if plan.claimed_bits is not None:
         totals.add_row(
             "", f"{plan.claimed_bits:.4f} by the method's own formula, which leaves out the group of a weight"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.artifact.layout import bits_word
 from bitwright.calibration import Text, consecutive_windows, load_tokenizer, tokenize
 from bitwright.errors import ModelError, TextError
 from bitwright.evaluation.loading import load
@@ -117,23 +118,29 @@ def evaluate_model(
         loss=loss,
         tokens=int(windows.numel()),
         windows=len(windows),
-        protocol=_protocol(windows, tokens, bos, recipe, dtype or str(model.dtype).removeprefix("torch.")),
+        protocol=_protocol(windows, tokens, bos, _quantized(model), dtype or str(model.dtype).removeprefix("torch.")),
         text=text.name,
         text_sha256=text.sha256,
     )
 
 
-def _protocol(windows: Tensor, tokens: Tensor, bos: bool, recipe: Any, dtype: str) -> str:
+def _quantized(model: Any) -> str:
+    """What is quantized in a model, and to how many bits."""
+    from bitwright.integrations.transformers import recipe_of
+
+    recipe = recipe_of(model)
+    if recipe is None:
+        return "nothing quantized"
+    weights = bits_word(layer["bits"] for layer in model.config.quantization_config.layers.values())
+    activations = f"activations {recipe.activations.bits}-bit" if recipe.activations else "activations 16-bit"
+    cache = f"KV cache {recipe.kv.bits}-bit" if recipe.kv else "KV cache 16-bit"
+    return f"weights {weights}-bit {recipe.name}, {activations}, {cache}"
+
+
+def _protocol(windows: Tensor, tokens: Tensor, bos: bool, quantized: str, dtype: str) -> str:
     measured, window = windows.shape
     available = len(tokens) // window
     part = f", the first {measured} of {available} windows of the text" if measured < available else ""
-    if recipe is None:
-        quantized = "nothing quantized"
-    else:
-        weights = f"weights {recipe.weight_bits}-bit {recipe.name}"
-        activations = f"activations {recipe.activations.bits}-bit" if recipe.activations else "activations 16-bit"
-        cache = f"KV cache {recipe.kv.bits}-bit" if recipe.kv else "KV cache 16-bit"
-        quantized = f"{weights}, {activations}, {cache}"
     return (
         f"windows of {window} tokens, stride {window}, {'BOS once at the start of the text' if bos else 'no BOS'},"
         f" mean loss over {window - 1} targets a window, windows averaged{part}; {quantized}; {dtype}"

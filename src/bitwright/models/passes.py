@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bitwright.errors import ModelError
 from bitwright.models.frame import Frame
@@ -166,3 +167,8 @@ def to_meta(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_meta(item) for item in value)
     return value
+
+
+def plain(values: Any) -> Any:
+    """A copy of tensors, in whatever structure, that autograd may keep: made outside of inference mode."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone(), values)

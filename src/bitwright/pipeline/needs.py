@@ -40,8 +40,9 @@ def peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, len
     if recipe.outer.embedding < 16 or recipe.outer.head < 16:
         before, after = 2 * before, 2 * after  # the matrix and what its integers stand for
     vocabulary = int(getattr(skeleton.config.get_text_config(decoder=True), "vocab_size", 0))
-    logits = 3 if recipe.tune is None and recipe.allocate is None else 8
-    outside = max(before, after + logits * 4 * length * vocabulary * threads)
+    logits = 3 * threads if recipe.tune is None else 8 * threads
+    alive = min(threads, measured_sequences(recipe, length)) if recipe.allocate is not None else 0
+    outside = max(before, after + max(logits, 8 * alive) * 4 * length * vocabulary)
     worst = 0
     for block in range(len(skeleton.blocks)):
         own = [layer for layer in layers if layer.block == block]
@@ -52,15 +53,16 @@ def peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, len
         forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
         worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
-        passing = threads * 4 * length * 6 * sum(layer.spec.rows + layer.spec.columns for layer in own)
+        passing = 4 * length * 6 * sum(layer.spec.rows + layer.spec.columns for layer in own)
         if recipe.allocate is not None:
             tokens = length * measured_sequences(recipe, length)
-            seen = 4 * tokens * (sum(columns) + 4 * max(columns) + recipe.allocate.rows * len(own))
-            worst = max(worst, weights + hessians + max(passing + seen, seen + 3 * 4 * max(columns) ** 2))
+            judged = recipe.allocate.rows * len(own) + sum(layer.spec.columns for layer in own)
+            seen = 4 * tokens * (sum(columns) + 4 * max(columns)) + 4 * (tokens - tokens // 2) * judged
+            worst = max(worst, weights + hessians + max(alive * passing + seen, seen + 3 * 4 * max(columns) ** 2))
         if recipe.tune is not None:
             values = sum(_tuned_bytes(layer, recipe) for layer in own)
             gradients = threads * weights + (recipe.tune.batch + 1) * values
-            worst = max(worst, 2 * weights + passing + gradients + 3 * values + outside)
+            worst = max(worst, 2 * weights + threads * passing + gradients + 3 * values + outside)
     if recipe.search.method != "none":
         worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
@@ -82,17 +84,20 @@ def work_disk(
     recipe: Recipe,
     sequences: int,
     length: int,
+    bound: int,
 ) -> int:
-    """Bytes that the run's directory needs at most: the artifact, and two streams before and after a block. For a
-    tuning the solved shards beside it, the stream before the first block, one of a step, and values with both moments
-    as they are, as they were sealed last, and when they were best. For an allocation the inputs of all blocks."""
+    """Bytes that the run's directory needs at most: the artifact, whose linears take up to `bound`, and two streams
+    before and after a block. For a tuning the solved shards beside it, the stream before the first block, one of a
+    step, and values with both moments as they are, as they were sealed last, and when they were best. For an
+    allocation the inputs of all blocks."""
     stream = 4 * length * skeleton.width
-    total = sum(file_bytes(shard) for shard in shards) + 4 * sequences * stream
+    more = max(0, bound - sum(layer.bytes for layer in layers))
+    total = sum(file_bytes(shard) for shard in shards) + more + 4 * sequences * stream
     if recipe.allocate is not None:
         total += (len(skeleton.blocks) + 1) * measured_sequences(recipe, length) * stream
     if recipe.tune is not None:
         step = recipe.tune.batch * (len(skeleton.blocks) + 1)
-        total += sum(file_bytes(shard) for shard in shards[1:]) + (2 * sequences + step) * stream
+        total += sum(file_bytes(shard) for shard in shards[1:]) + more + (2 * sequences + step) * stream
         total += 4 * 3 * sum(_tuned_bytes(layer, recipe) for layer in layers)
     return total
 

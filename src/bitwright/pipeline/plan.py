@@ -10,17 +10,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bitwright.artifact.layout import LayerSpec, OuterSpec, Shape, layer_shapes, outer_shapes, shard_name
+from bitwright.artifact.layout import OuterSpec, Shape, bits_word, outer_shapes, shard_name
 from bitwright.artifact.shards import TORCH_DTYPES, file_bytes, shape_bytes
 from bitwright.errors import ModelError, RecipeError
 from bitwright.models import Checkpoint, Skeleton, context_length
-from bitwright.pipeline.layers import LayerPlan
+from bitwright.pipeline.layers import LayerPlan, allotted_bytes, candidate_layers, layers_of_block
 from bitwright.pipeline.needs import peak_memory, work_disk
 from bitwright.pipeline.outer import kept_outer_names, plan_outer
 from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.targets import search_notes
-from bitwright.recipe import Recipe, outlier_count
-from bitwright.transforms.hadamard import constructible, largest_block, next_size
+from bitwright.recipe import Recipe
 from bitwright.workers import default_threads
 
 # Below, what inputs have in common is learnt by heart: with 128 tokens for 512 inputs preset `bitwright` loses more
@@ -30,7 +29,10 @@ TOKENS_A_CHANNEL = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole model under one recipe."""
+    """The whole model under one recipe.
+
+    bound  bytes that the linears may take in the end: `linear_bytes`, or what `allocate.target` says
+    """
 
     model: str
     architecture: str
@@ -46,6 +48,7 @@ class Plan:
     work_disk: int
     ignored: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    bound: int = 0
     unties: bool = False
     outer: dict[str, OuterSpec] = field(default_factory=dict)
 
@@ -69,6 +72,11 @@ class Plan:
     def outer_bits(self, name: str) -> float:
         """Honest bits a weight of a quantized embedding or head."""
         return self.outer_bytes(name) * 8 / self.outer[name].weights
+
+    @property
+    def weight_bits(self) -> str:
+        """Bits of the codes: `2`, or `2 to 3`."""
+        return bits_word(layer.spec.bits for layer in self.layers)
 
     @property
     def claimed_bits(self) -> float | None:
@@ -145,6 +153,7 @@ class Plan:
             "linear_weights": self.linear_weights,
             "linear_bytes": self.linear_bytes,
             "linear_bits": self.linear_bits,
+            "bound": self.bound,
             "claimed_bits": self.claimed_bits,
             "parameters": self.parameters,
             "total_bytes": self.total_bytes,
@@ -183,7 +192,7 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
     for name, wanted in outer.items():
         shards[0].update(outer_shapes(name, wanted, _stored(checkpoint, f"{name}.weight")[0]))
     for block in range(len(skeleton.blocks)):
-        own = _plan_block(skeleton, recipe, source, block)
+        own = layers_of_block(skeleton, recipe, source, block)
         layers.extend(own)
         prefix = skeleton.block_name(block)
         replaced = {f"{layer.name}.{part}" for layer in own for part in ("weight", "bias")}
@@ -196,6 +205,9 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         shards.append({**rest, **{name: shape for layer in own for name, shape in layer.shapes.items()}})
     if not layers:
         raise ModelError(f"{checkpoint.directory} has no linear layers in decoder blocks: there is nothing to quantize")
+    bound = sum(layer.bytes for layer in layers)
+    if recipe.allocate is not None:
+        bound = allotted_bytes(recipe, layers, candidate_layers(skeleton, recipe, source))
     names = set(skeleton.model.state_dict()) & set(checkpoint.tensors)
     sequences = recipe.calibration.sequences + probes
     return Plan(
@@ -210,50 +222,18 @@ def plan_for(skeleton: Skeleton, recipe: Recipe, probes: int = 0, threads: int |
         length=length,
         context=context,
         peak_memory=peak_memory(skeleton, layers, recipe, length, threads or default_threads()),
-        work_disk=work_disk(skeleton, shards, layers, recipe, sequences, length),
+        work_disk=work_disk(skeleton, shards, layers, recipe, sequences, length, bound),
         ignored=tuple(skeleton.ignored),
         notes=(
             *source.notes(),
-            *_allocation_notes(layers, recipe),
+            *_allocation_notes(layers, recipe, bound),
             *search_notes(skeleton, recipe),
             *_calibration_notes(layers, recipe, length),
         ),
+        bound=bound,
         unties=source.unties,
         outer=outer,
     )
-
-
-def _plan_block(skeleton: Skeleton, recipe: Recipe, source: Source, block: int) -> list[LayerPlan]:
-    prefix = skeleton.block_name(block)
-    layers = []
-    for site in skeleton.sites(block):
-        asked = recipe.weights_at(f"{prefix}.{linear.name}" for linear in site.linears)
-        try:
-            outliers = outlier_count(site.columns, asked.outliers)
-        except RecipeError as error:
-            raise RecipeError(f"{prefix}.{site.leader.name}: {error}") from None
-        if site.columns < 8:
-            raise ModelError(f"{prefix}.{site.leader.name} has {site.columns} inputs; at least 8 are needed")
-        moves = outliers > 0 or asked.order != "none"
-        hadamard, stride = source.hadamard(site) if source.rotates else (_hadamard(recipe, asked.group), 1)
-        for linear in site.linears:
-            name = f"{prefix}.{linear.name}"
-            spec = LayerSpec(
-                rows=linear.rows,
-                columns=linear.columns,
-                bits=asked.bits,
-                group=asked.group_of(linear.columns - outliers),
-                kind=asked.kind,
-                outliers=outliers,
-                bias=linear.bias,
-                permutation=f"{prefix}.{site.leader.name}" if moves else None,
-                hadamard=hadamard,
-                stride=stride,
-            )
-            dtype = _stored(skeleton.checkpoint, f"{name}.weight")[0]
-            weights = skeleton.checkpoint.elements(f"{name}.weight")
-            layers.append(LayerPlan(name, block, site.name, spec, layer_shapes(name, spec, dtype), weights, asked))
-    return layers
 
 
 def _calibration_notes(layers: list[LayerPlan], recipe: Recipe, length: int) -> list[str]:
@@ -267,7 +247,7 @@ def _calibration_notes(layers: list[LayerPlan], recipe: Recipe, length: int) -> 
     ]
 
 
-def _allocation_notes(layers: list[LayerPlan], recipe: Recipe) -> list[str]:
+def _allocation_notes(layers: list[LayerPlan], recipe: Recipe, bound: int) -> list[str]:
     """Says what is still to be chosen. Raises RecipeError where `sites` names linears that are not there."""
     names = [layer.name for layer in layers]
     for pattern in recipe.sites:
@@ -277,25 +257,11 @@ def _allocation_notes(layers: list[LayerPlan], recipe: Recipe) -> list[str]:
             )
     if recipe.allocate is None:
         return []
-    weights = sum(layer.weights for layer in layers)
-    target = recipe.allocate.target
-    bits = sum(layer.bytes for layer in layers) * 8 / weights if target == "auto" else target
+    bits = bound * 8 / sum(layer.weights for layer in layers)
     return [
-        "what each site takes is chosen when it is known what the loss feels of it (allocate): at most"
-        f" {bits:.4f} bits a weight in all; here every site is as `weights` says"
+        "bits, groups and int8 channels of each site are chosen by what the loss feels of them (allocate): linears take"
+        f" at most {bits:.4f} bits a weight in all, {bound:,} bytes"
     ]
-
-
-def _hadamard(recipe: Recipe, group: int) -> int:
-    """Size of the blocks of a site's input that are transformed, 0 for none. Raises RecipeError."""
-    if recipe.transform.hadamard == "none":
-        return 0
-    if not constructible(group):
-        raise RecipeError(
-            f"transform.hadamard = 'group' has no matrix for weights.group = {group};"
-            f" write {largest_block(group, power_of_two=True)} or {next_size(group)}"
-        )
-    return group
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Shape:

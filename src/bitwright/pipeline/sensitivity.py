@@ -4,11 +4,16 @@ An error e of a linear's outputs moves the model's distribution by KL = (g . e)^
 gradient of -log p by the outputs with next tokens drawn from the model itself: the mean over such draws is the Fisher
 information, the curvature of that divergence (Martens, New insights and perspectives on the natural gradient method,
 JMLR 2020, section 9). So one pass forward and one back over a little calibration text, a block at a time, tells all
-sites apart; errors of different tokens are taken as independent. Those of different rows are not: levels lie nearer to
-zero than what they stand for, so that whole outputs shrink.
+sites apart; errors of different tokens are taken as independent.
 
-For each candidate some rows of each linear are solved as the run will solve them, but for refinement, on half of the
-tokens, and their errors are those on the other half: what feedback gains on its own text would be taken for quality.
+Those of different rows are not. They share the rounding of their input, and levels lie nearer to zero than what they
+stand for, so that whole outputs shrink. Both parts are known for all rows at once: g . W (x - q) of inputs x rounded
+to q is the gradient by the input times the input's error, and -s g . W q follows once some rows have told the share s
+by which outputs shrink. What is left of the errors of those rows stands for the others, row by row.
+
+For each candidate some rows of each linear are solved for the inputs of the full-precision model, quantized as in use,
+without refinement and without the targets that make up for earlier errors, on half of the tokens. Their errors are
+those on the other half: what feedback gains on its own text would be taken for quality.
 """
 
 from __future__ import annotations
@@ -24,14 +29,12 @@ from torch import Tensor, nn
 from bitwright.activations import quantize_site
 from bitwright.calibration import HessianSum, Stream, channel_energy, row_blocks
 from bitwright.models import LinearInfo, SiteInfo
-from bitwright.models.passes import head, run_block
+from bitwright.models.passes import head, plain, run_block
 from bitwright.pipeline.job import in_site_order, view_of
 from bitwright.pipeline.layers import LayerPlan
 from bitwright.pipeline.needs import measured_sequences
-from bitwright.pipeline.plan import Plan
 from bitwright.pipeline.source import Source
-from bitwright.pipeline.tunable import plain
-from bitwright.recipe import Recipe
+from bitwright.recipe import Recipe, WeightRecipe
 from bitwright.runtime import to_site
 from bitwright.solvers import SOLVERS, Factor, factorize
 from bitwright.transforms import channel_order
@@ -49,22 +52,28 @@ class Felt:
 
 @dataclass
 class _Seen:
-    """One sequence at a block: inputs of sites [tokens, columns], gradients by outputs of linears [tokens, some rows],
-    and the gradient by the block's input."""
+    """One sequence at a block.
+
+    inputs  of sites [tokens, columns]
+    pulls   gradients by outputs of linears [judged tokens, some rows]
+    back    the same by their inputs, each linear by itself [judged tokens, columns]
+    before  the gradient by the block's input
+    """
 
     inputs: dict[str, Tensor]
     pulls: dict[str, Tensor]
+    back: dict[str, Tensor]
     before: Tensor
 
 
 class Sensitivity:
-    """One measurement. `entry`: a stream before the first block; `plans`: the model under each candidate."""
+    """One measurement. `entry`: a stream before the first block; `layers`: the linears under each candidate."""
 
     def __init__(
         self,
         source: Source,
         recipe: Recipe,
-        plans: Sequence[Plan],
+        layers: Sequence[Sequence[LayerPlan]],
         entry: Stream,
         calls: Sequence[dict[str, Any]],
         workers: Workers,
@@ -77,7 +86,7 @@ class Sensitivity:
         self.asked = recipe.allocate
         self.entry, self.depth = entry, len(self.skeleton.blocks)
         self.count = measured_sequences(recipe, entry.shape[1])
-        self.layers: list[dict[str, LayerPlan]] = [{layer.name: layer for layer in plan.layers} for plan in plans]
+        self.layers = [{layer.name: layer for layer in candidate} for candidate in layers]
 
     def measure(self) -> list[Felt]:
         """Of every site, from the first block to the last."""
@@ -131,9 +140,10 @@ class Sensitivity:
         rows = {linear.name: self._rows(linear) for site in sites for linear in site.linears}
 
         def unit(place: int) -> _Seen:
+            first = max(0, self.count * self.entry.shape[1] // 2 - place * self.entry.shape[1])
             with torch.inference_mode(False), torch.enable_grad():
                 hidden = stream.read(index * self.count + place).requires_grad_()
-                return _differentiate(block, call, sites, rows, hidden, pulls[place])
+                return _differentiate(block, call, sites, rows, hidden, pulls[place], first)
 
         seen = self.workers.map(unit, range(self.count))
         self.advance(0.2 / self.depth)
@@ -154,38 +164,51 @@ class Sensitivity:
     ) -> Felt:
         """x fp32 [tokens, columns], the site's inputs in all sequences."""
         energy, half = channel_energy(x), len(x) // 2
-        pulls = {i.name: torch.cat([sequence.pulls[i.name] for sequence in seen])[half:] for i in site.linears}
+        pulls = {i.name: torch.cat([sequence.pulls[i.name] for sequence in seen]) for i in site.linears}
+        back = {i.name: torch.cat([sequence.back.pop(i.name) for sequence in seen]) for i in site.linears}
         specs = [layers[f"{prefix}{site.leader.name}"].spec for layers in self.layers]
         losses = [0.0] * len(specs)
-        # Candidates with the same channels set aside and the same groups see the same inputs.
-        layouts: dict[tuple[int, int], list[int]] = {}
+        # Candidates with the same channels set aside and the same groups see the same inputs; a site that the recipe
+        # fixes has only one way.
+        layouts: dict[tuple[int, int], dict[WeightRecipe, list[int]]] = {}
         for candidate, spec in enumerate(specs):
-            layouts.setdefault((spec.outliers, spec.group), []).append(candidate)
-        for (outliers, group), candidates in layouts.items():
-            spec = specs[candidates[0]]
+            recipe = self.layers[candidate][f"{prefix}{site.leader.name}"].recipe
+            layouts.setdefault((spec.outliers, spec.group), {}).setdefault(recipe, []).append(candidate)
+        for (outliers, group), ways in layouts.items():
+            candidates = list(ways.values())
+            spec = specs[candidates[0][0]]
             order = channel_order(energy, outliers, self.recipe.weights.order) if spec.permutation else None
             wanted = to_site(x, order, spec.transform)
             inputs = quantize_site(wanted, outliers, group, self.recipe.activations)
             factor = self._factor(inputs[:half], outliers)
+            wanted, inputs = wanted[half:], inputs[half:]
+            turned = {name: to_site(part, order, spec.transform) for name, part in back.items()}
+            rounded = torch.stack([(part * (wanted - inputs)).sum(dim=1) for part in turned.values()]).sum(dim=0)
 
             def unit(
                 task: tuple[int, LinearInfo],
                 order: Tensor | None = order,
-                wanted: Tensor = wanted[half:],
-                inputs: Tensor = inputs[half:],
+                inputs: Tensor = inputs,
                 factor: Factor = factor,
-            ) -> float:
+                turned: dict[str, Tensor] = turned,
+            ) -> tuple[Tensor, float]:
                 candidate, linear = task
-                layer, chosen = self.layers[candidate][f"{prefix}{linear.name}"], rows[linear.name]
-                weights = in_site_order(block.get_parameter(f"{linear.name}.weight")[chosen], order, layer.spec)
+                layer, pull = self.layers[candidate][f"{prefix}{linear.name}"], pulls[linear.name]
+                weights = block.get_parameter(f"{linear.name}.weight")[rows[linear.name]]
+                weights = in_site_order(weights, order, layer.spec)
                 recipe = layer.recipe.model_copy(update={"refine": 0})
                 stored = SOLVERS[recipe.method](weights, factor, layer.spec.outliers, recipe).dequantize_site_order()
-                errors = (wanted @ weights.T - inputs @ stored.T).mul_(pulls[linear.name])
-                return of_all_rows(errors, linear.rows) / 2
+                share, rest = shrinkage(pull * (inputs @ weights.T), pull * (inputs @ stored.T))
+                return share * (turned[linear.name] * inputs).sum(dim=1), rest * linear.rows / len(weights)
 
-            tasks = [(candidate, linear) for candidate in candidates for linear in site.linears]
-            for (candidate, _), loss in zip(tasks, self.workers.map(unit, tasks), strict=True):
-                losses[candidate] += loss
+            tasks = [(alike[0], linear) for alike in candidates for linear in site.linears]
+            found = self.workers.map(unit, tasks)
+            for place, alike in enumerate(candidates):
+                own = found[place * len(site.linears) : (place + 1) * len(site.linears)]
+                shared = rounded + torch.stack([common for common, _ in own]).sum(dim=0)
+                rest = sum(part for _, part in own)
+                for candidate in alike:
+                    losses[candidate] = (float(shared.square().sum(dtype=torch.float64)) + rest) / len(shared) / 2
         names = [f"{prefix}{linear.name}" for linear in site.linears]
         sizes = [sum(layers[name].bytes for name in names) for layers in self.layers]
         return Felt(names, sizes, losses)
@@ -198,17 +221,13 @@ class Sensitivity:
         return factorize(total.finish(), weights.damping, weights.importance, self.workers.threads, over=over)
 
 
-def of_all_rows(products: Tensor, rows: int) -> float:
-    """products fp32 [tokens, some rows], of each row g_r e_r -> the mean of (g . e)^2 over all rows, estimated.
-
-    Squares stand for one row each and products of two rows for a pair of rows: unbiased for rows drawn at random. It is
-    no less than what the squares alone come to.
-    """
-    tokens, some = products.shape
-    squares = float(products.square().sum(dtype=torch.float64))
-    pairs = float(products.sum(dim=1, dtype=torch.float64).square().sum()) - squares
-    spread = rows * (rows - 1) / (some * (some - 1)) if some > 1 else 0.0
-    return (squares * rows / some + max(pairs, 0.0) * spread) / tokens
+def shrinkage(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """wanted, found fp32 [tokens, rows], outputs times their gradients -> (the share s of `wanted` that is nearest to
+    what is missing in all of them, the sum of squares of what else is)."""
+    missing = wanted - found
+    energy = float(wanted.square().sum(dtype=torch.float64))
+    share = float((missing * wanted).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
+    return share, float((missing - share * wanted).square().sum(dtype=torch.float64))
 
 
 def _differentiate(
@@ -218,8 +237,10 @@ def _differentiate(
     rows: dict[str, Tensor],
     hidden: Tensor,
     pull: Tensor,
+    first: int,
 ) -> _Seen:
-    """hidden, pull [1, tokens, width]: the block's input, and the gradient by its output."""
+    """hidden, pull [1, tokens, width]: the block's input, and the gradient by its output. Judged is from token `first`
+    on."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     view = view_of(block)
@@ -239,6 +260,6 @@ def _differentiate(
             view.get_submodule(linear.name).register_forward_hook(hook)
     after = run_block(view, hidden, call)
     before, *found = torch.autograd.grad(after, [hidden, *outputs.values()], pull)
-    parts = zip(outputs, found, strict=True)
-    pulls = {name: part.reshape(-1, part.shape[-1])[:, rows[name]] for name, part in parts}
-    return _Seen(inputs, pulls, before)
+    parts = {name: part.reshape(-1, part.shape[-1])[first:] for name, part in zip(outputs, found, strict=True)}
+    back = {name: part @ block.get_parameter(f"{name}.weight") for name, part in parts.items()}
+    return _Seen(inputs, {name: part[:, rows[name]] for name, part in parts.items()}, back, before)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from bitwright.models import SiteInfo, Skeleton
 from bitwright.models.passes import run_block
@@ -160,8 +159,3 @@ class TunableBlock:
         for name, module in self.modules.items():
             self.block.set_submodule(name, module)
         return self.block
-
-
-def plain(values: Any) -> Any:
-    """A copy of tensors, in whatever structure, that autograd may keep: made outside of inference mode."""
-    return tree_map_only(Tensor, lambda tensor: tensor.clone(), values)

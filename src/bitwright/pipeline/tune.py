@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from bitwright.artifact.shards import write_shard
 from bitwright.calibration import Stream
 from bitwright.models.frame import Frame
-from bitwright.models.passes import head
+from bitwright.models.passes import head, plain
 from bitwright.pipeline.outer import with_outer_quantized
 from bitwright.pipeline.plan import Plan
 from bitwright.pipeline.source import Source
-from bitwright.pipeline.tunable import TunableBlock, plain
+from bitwright.pipeline.tunable import TunableBlock
 from bitwright.pipeline.tuned import Values
 from bitwright.workers import Workers
 

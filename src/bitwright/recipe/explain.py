@@ -37,7 +37,7 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
 
 def _place(loc: tuple[int | str, ...]) -> str:
     """The dotted key of a place in a pydantic report; empty for the whole recipe."""
-    return ".".join(str(part) for part in loc if part not in ("int", "literal['auto']"))
+    return ".".join(str(part) for part in loc if part not in ("int", "float", "literal['auto']"))
 
 
 def _fields(recipe: type[BaseModel], parents: list[str]) -> Mapping[str, Any]:

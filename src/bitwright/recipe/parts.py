@@ -299,11 +299,13 @@ class AllocateRecipe(Part):
         "auto",
         description="honest bits a weight that all quantized linears together may take; auto: as many as without this",
     )
-    bits: Choices[int] = Field((2, 3, 4), min_length=1)
-    groups: Choices[int] | None = Field(None, description="none: that of weights alone")
-    outliers: Choices[OutlierCount] | None = Field(None, description="none: 0 and that of weights")
+    bits: Choices[Annotated[int, Field(ge=1, le=8)]] = Field((2, 3, 4), min_length=1)
+    groups: Choices[Annotated[int, Field(ge=0, le=4096)]] | None = Field(
+        None, min_length=1, description="none: that of weights alone"
+    )
+    outliers: Choices[OutlierCount] | None = Field(None, min_length=1, description="none: 0 and that of weights")
     tokens: int = Field(8192, ge=8, description="of the calibration's first sequences, that it is measured on")
-    rows: int = Field(256, ge=1, description="of each linear, solved for each candidate")
+    rows: int = Field(128, ge=1, description="of each linear, solved for each candidate")
 
     @model_validator(mode="after")
     def _goes_together(self) -> AllocateRecipe:

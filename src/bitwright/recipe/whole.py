@@ -152,12 +152,6 @@ class Recipe(Part):
         pattern = self.pattern_of(linears)
         return self.weights if pattern is None else self._with(self.sites[pattern])
 
-    @property
-    def weight_bits(self) -> str:
-        """Bits of the codes in words: `2`, or `2 to 3` where sites have others than `weights`."""
-        bits = [self.weights.bits, *(site.bits for site in self.sites.values() if site.bits)]
-        return " to ".join(str(count) for count in dict.fromkeys((min(bits), max(bits))))
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it. What came later is left out where it does nothing: artifacts without it read as ever."""
         data = self.model_dump(mode="json")

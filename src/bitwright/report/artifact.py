@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bitwright.artifact.layout import bits_word
 from bitwright.artifact.manifest import read_manifest
 from bitwright.errors import ArtifactError
 from bitwright.models.checkpoint import read_header, read_json
-from bitwright.recipe import Recipe
 from bitwright.report.page import Page, bits_section, common_provenance, error_section, recipe_setting
 from bitwright.report.tables import Column, Row, Table, perplexity_word
 
@@ -20,13 +20,17 @@ def artifact_page(directory: Path) -> Page:
     config = read_json(directory / "config.json", ArtifactError)
     layers = manifest["layers"]
     recipe = manifest["recipe"]
-    stored = Recipe.from_dict(config["quantization_config"]["recipe"])
-    mixed = [("", layers)] if stored.sites else []
+    stored = config["quantization_config"]
+    mixed = [("", layers)] if stored["recipe"].get("sites") else []
+    weight_bits = bits_word(spec["bits"] for spec in stored["layers"].values())
     return Page(
         title=f"{manifest['model']['name']}, quantized with recipe {recipe['name']}",
         subtitle=f"{config['architectures'][0]}; every figure is from the artifact's manifest and headers."
         " `bitwright verify` checks every byte.",
-        tables=[_sizes(directory, manifest, config), _quality(manifest, stored)],
+        tables=[
+            _sizes(directory, manifest, config),
+            _quality(manifest, weight_bits),
+        ],
         sections=[*bits_section(mixed), error_section([("", layers)])],
         settings=[recipe_setting(f"recipe {recipe['name']}", recipe, layers)],
         provenance=common_provenance(manifest),
@@ -64,9 +68,9 @@ def _sizes(directory: Path, manifest: dict[str, Any], config: dict[str, Any]) ->
     )
 
 
-def _quality(manifest: dict[str, Any], recipe: Recipe) -> Table:
-    activations, cache = (part.bits if part else 16 for part in (recipe.activations, recipe.kv))
-    bits = f"weights {recipe.weight_bits}-bit, activations {activations}-bit, key-value cache {cache}-bit"
+def _quality(manifest: dict[str, Any], weight_bits: str) -> Table:
+    activations, cache = ((manifest["recipe"][part] or {"bits": 16})["bits"] for part in ("activations", "kv"))
+    bits = f"weights {weight_bits}-bit, activations {activations}-bit, key-value cache {cache}-bit"
     rows = []
     for part, row in manifest["measured"].items():
         name = f"{manifest[part]['name']}{' (calibrated on: flatters)' if part == 'calibration' else ''}"

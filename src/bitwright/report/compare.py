@@ -23,7 +23,7 @@ import transformers
 import bitwright
 from bitwright.artifact.shards import TORCH_DTYPES, write_text
 from bitwright.calibration import Text, consecutive_windows, load_tokenizer, tokenize
-from bitwright.errors import RecipeError, RunError
+from bitwright.errors import ModelError, RecipeError, RunError
 from bitwright.evaluation import evaluate
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.models.checkpoint import read_json
@@ -118,19 +118,20 @@ class Comparison:
         *,
         titles: Sequence[str] = (),
         skipped: Sequence[str] = (),
+        skip_unfit: bool = False,
         keep_artifacts: bool = False,
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         self.output = Path(output).absolute()
-        self.methods, self.calibration, self.measuring, self.titles = methods, calibration, measuring, titles
-        self.skipped = skipped
+        self.calibration, self.measuring, self.titles = calibration, measuring, titles
+        self.skipped, self.skip_unfit = list(skipped), skip_unfit
         self.keep, self.restart, self.reporter = keep_artifacts, restart, reporter or Silent()
         self.checkpoint = Checkpoint(model)
         skeleton = Skeleton(self.checkpoint)
-        if not methods:
+        self.methods = [method for method in methods if self._fits(skeleton, method)]
+        if not self.methods:
             raise RecipeError("no method is left to compare; name at least one, for example bwa")
-        self.plans = {m.key: self._plan(skeleton, m) for m in methods if m.recipe is not None}
         self.sizes = plan_for(skeleton, _PLAIN)
         config = skeleton.config.get_text_config(decoder=True)
         window = measuring.window or min(2048, context_length(config) or 2048)
@@ -138,12 +139,18 @@ class Comparison:
         for text in measuring.texts:
             consecutive_windows(tokenize(tokenizer, text, config.vocab_size), window, measuring.limit, text)
 
-    def _plan(self, skeleton: Skeleton, method: Method) -> Plan:
-        assert method.recipe is not None
+    def _fits(self, skeleton: Skeleton, method: Method) -> bool:
+        """Whether a method can be planned for the model; raises what says why not, or leaves it out where asked to."""
         try:
-            return plan_for(skeleton, method.recipe, 0, self.measuring.threads)
-        except RecipeError as error:
-            raise RecipeError(f"method {method.text!r}: {error}") from None
+            if method.recipe is not None:
+                plan_for(skeleton, method.recipe, 0, self.measuring.threads)
+        except (RecipeError, ModelError) as error:
+            if not self.skip_unfit:
+                raise type(error)(f"method {method.text!r}: {error}; --skip-unknown goes on without") from None
+            self.skipped.append(method.label)
+            self.reporter.note(f"method {method.text!r} is left out: {error}")
+            return False
+        return True
 
     def carry_out(self) -> dict[str, Any]:
         """Do what is not done yet; write results.json, results.csv and report.html; returns the data of the first."""
@@ -312,7 +319,7 @@ def _sizes(made: Plan, layers: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a finished artifact."""
     counts = sorted({layer.spec.outliers for layer in made.layers})
     return {
-        "weight_bits": made.recipe.weight_bits,
+        "weight_bits": made.weight_bits,
         "linear_bits": made.linear_bits,
         "claimed_bits": made.claimed_after(layers),
         "model_bits": made.model_bits,

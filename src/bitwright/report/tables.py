@@ -111,7 +111,7 @@ def comparison_table(results: dict[str, Any]) -> Table:
             "Marked perplexities are on the Pareto front: no other method is better with as many bits or less."
         )
     if skipped := results["skipped"]:
-        notes.append(f"Left out, because there is no preset of that name: {', '.join(skipped)}.")
+        notes.append(f"Left out, because they are no presets or do not fit the model: {', '.join(skipped)}.")
     if with_excess:
         notes.append("Excess = ln(perplexity / perplexity of the original), on the same text and protocol.")
     if claimed:
