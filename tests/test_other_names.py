@@ -96,7 +96,7 @@ def test_a_comparison_leaves_out_what_does_not_fit(
     assert refused.code == 1
     assert "method 'quarot': " in refused.message
     assert (
-        "not GPTNeoXForCausalLM; write transform.rotation = 'none'; --skip-unknown goes on without" in refused.message
+        "GPTNeoXForCausalLM; write transform.rotation = 'none'; --skip-unknown goes on without" in refused.message
     )
     assert not (tmp_path / "out").exists()
     done = support.run_cli(*argv, "--skip-unknown", "--json")
