@@ -1,6 +1,7 @@
 """A randomly initialised model in bf16: of TinyLlama's shape (1.1B parameters), or of one that `bitwright bench` knows.
 
     python bench/random_model.py OUT --tokenizer DIR
+    python bench/random_model.py OUT --tokenizer DIR --shape llama-2-7b --layers 2
     python bench/random_model.py OUT --shape llama-2-7b --headers-only
 
 For measuring memory and time of `bitwright quantize`; its words mean nothing. The tokenizer is copied from DIR. With
@@ -40,13 +41,15 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--shape", choices=sorted(KNOWN), default="tinyllama")
+    parser.add_argument("--layers", type=int, help="so many decoder blocks instead of all")
     parser.add_argument("--headers-only", action="store_true")
     arguments = parser.parse_args()
     if arguments.tokenizer is None and not arguments.headers_only:
         parser.error("--tokenizer is needed, but with --headers-only")
     arguments.output.mkdir(parents=True)
     name, fields = KNOWN[arguments.shape]
-    config = getattr(transformers, name)(**fields, dtype="bfloat16", tie_word_embeddings=False)
+    layers = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+    config = getattr(transformers, name)(**fields | layers, dtype="bfloat16", tie_word_embeddings=False)
     with init_empty_weights():
         model = transformers.AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
