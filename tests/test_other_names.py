@@ -95,9 +95,7 @@ def test_a_comparison_leaves_out_what_does_not_fit(
     refused = support.run_cli(*argv)
     assert refused.code == 1
     assert "method 'quarot': " in refused.message
-    assert (
-        "GPTNeoXForCausalLM; write transform.rotation = 'none'; --skip-unknown goes on without" in refused.message
-    )
+    assert "GPTNeoXForCausalLM; write transform.rotation = 'none'; --skip-unknown goes on without" in refused.message
     assert not (tmp_path / "out").exists()
     done = support.run_cli(*argv, "--skip-unknown", "--json")
     assert done.code == 0, done.err
