@@ -15,9 +15,9 @@ from torch import nn
 import bitwright
 import support
 from bitwright.models import Checkpoint, Skeleton
-from bitwright.models.passes import run_block
+from bitwright.models.passes import plain, run_block
 from bitwright.pipeline.plan import plan_for
-from bitwright.pipeline.tunable import TunableBlock, plain
+from bitwright.pipeline.tunable import TunableBlock
 from bitwright.runtime import QuantizedKVCache
 
 LENGTH = 20
