@@ -20,6 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import bitwright
+from bitwright.calibration import Text
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BITWRIGHT_SHARED") or REPO.parent / "shared")
 
@@ -173,6 +176,13 @@ def tree(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def assert_threads_do_not_show(model: Path, recipe: bitwright.Recipe, calibration: Text, folder: Path) -> None:
+    """Quantizes into `folder`/1 with one thread and into `folder`/3 with three: the same bytes."""
+    for threads in (1, 3):
+        bitwright.quantize(model, folder / str(threads), recipe, calibration, threads=threads)
+    assert tree(folder / "1") == tree(folder / "3")
 
 
 @dataclass(frozen=True)

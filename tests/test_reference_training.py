@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,10 +159,32 @@ def test_shards_stay_small_and_replace_those_of_another_export(
         assert torch.equal(tensor, whole[name])
 
 
+def test_a_finished_run_is_taken_on_to_more_tokens(
+    trained: Path, recipe: Path, text_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "work", tmp_path / "work")
+    longer = STEPS + 10
+    words = argv(recipe, text_dir, tmp_path / "work", "--tokens", str(longer * CONTEXT * BATCH))
+    assert train.main([*words, "--out", str(tmp_path / "model")]) == 0
+    assert "is taken on to" in capsys.readouterr().out
+    found, before = losses(tmp_path / "work"), losses(trained / "work")
+    assert {step: found[step] for step in before} == before
+    assert sorted(found) == list(range(1, longer + 1))
+    last = [record for record in curve.read(tmp_path / "work" / "curve.jsonl") if "lr" in record][-1]
+    assert last["lr"] == pytest.approx(0.01 * 0.1)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"{longer * CONTEXT * BATCH:,} tokens seen" in card
+    assert f"--tokens {longer * CONTEXT * BATCH} " in card
+
+
 def test_bad_calls_are_one_line(
-    recipe: Path, text_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, recipe: Path, text_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases: list[tuple[list[str], str]] = [
+        (argv(recipe, text_dir, tmp_path / "w3", "--set", "context=long"), "'long' is not a whole number"),
+        (argv(recipe, text_dir, tmp_path / "w3", "--set", "tokenizer=3"), "its numbers are context, evaluate_every"),
+        (argv(recipe, text_dir, trained / "work", "--set", "seed=8"), "another recipe"),
+        (argv(recipe, text_dir, trained / "work", "--tokens", str(CONTEXT * BATCH)), "another recipe"),
         (argv(tmp_path / "none.json", text_dir, tmp_path), "no recipe"),
         (argv(recipe, tmp_path, tmp_path / "w"), "no file train.txt.xz"),
         (argv(recipe, text_dir, tmp_path / "w2", "--export-only", "--out", str(tmp_path / "m")), "no checkpoint"),

@@ -95,7 +95,8 @@ def card(run: Run) -> str:
         "The command, from a checkout of bitwright (TEXT: the folder with the text files):",
         "",
         f"    python bench/reference/train.py bench/reference/recipes/{run.args.recipe.name} "
-        f"{'--tokens ' + str(run.args.tokens) + ' ' if run.args.tokens else ''}--text-dir TEXT --work WORK --out OUT",
+        f"{''.join(f'--set {word} ' for word in run.args.set)}"
+        f"{f'--tokens {run.args.tokens} ' if run.args.tokens else ''}--text-dir TEXT --work WORK --out OUT",
         "",
     ]
     if train:

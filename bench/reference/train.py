@@ -195,17 +195,21 @@ class Run:
         if not path.exists():
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["recipe"] != self.recipe:
-            raise RecipeError(f"{self.work} holds a run of another recipe: give another --work folder")
+        before = state["recipe"]
+        if before != self.recipe:
+            # More tokens are a longer schedule from here on; anything else is another model.
+            if {**before, "tokens": self.recipe["tokens"]} != self.recipe or state["step"] > self.steps:
+                raise RecipeError(f"{self.work} holds a run of another recipe: give another --work folder")
+            print(f"the run of {before['tokens']:,} tokens is taken on to {self.recipe['tokens']:,}", flush=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.unlogged = [torch.tensor(loss, device=self.device) for loss in state.get("unlogged", [])]
         # The card names every machine that trained, not one that only exports.
-        before = state.get("machine", self.machine)
-        self.machine = (
-            before if self.args.export_only or before.endswith(self.machine) else f"{before}; then {self.machine}"
-        )
+        machine = state.get("machine", self.machine)
+        if not self.args.export_only and not machine.endswith(self.machine):
+            machine = f"{machine}; then {self.machine}"
+        self.machine = machine
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -301,6 +305,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto", help="autocast; auto: on a GPU only")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--tokens", type=int, help="instead of the recipe's; the schedule is stretched or shrunk to it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another number for a key of the recipe"
+    )
     parser.add_argument("--micro-batch", type=int, help="windows of the context in one forward pass")
     parser.add_argument(
         "--replicas", type=int, help="threads with a batch each; default: all cores of a CPU, 1 on a GPU"
@@ -313,13 +320,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def numbers(recipe: dict[str, Any], words: list[str]) -> dict[str, int | float]:
+    """What `--set` changes: numbers of the recipe by numbers."""
+    found: dict[str, int | float] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if not isinstance(recipe.get(key), (int, float)):
+            known = ", ".join(key for key, value in recipe.items() if isinstance(value, (int, float)))
+            raise RecipeError(f"--set {word}: {key} is no number of the recipe; its numbers are {known}")
+        try:
+            found[key] = type(recipe[key])(value)
+        except ValueError:
+            kind = "a whole number" if isinstance(recipe[key], int) else "a number"
+            raise RecipeError(f"--set {word}: {value!r} is not {kind}, as {key} must be") from None
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if not args.recipe.is_file():
             raise RecipeError(f"no recipe {args.recipe}")
         recipe = json.loads(args.recipe.read_text(encoding="utf-8"))
-        run = Run({**recipe, "tokens": args.tokens or recipe["tokens"]}, args)
+        recipe |= numbers(recipe, [*args.set, *([f"tokens={args.tokens}"] if args.tokens else [])])
+        run = Run(recipe, args)
         if args.benchmark:
             benchmark(run, args.benchmark)
             return 0
