@@ -115,6 +115,24 @@ def table(section: str, found: list[dict[str, Any]], texts: list[str]) -> list[s
     return [*lines, ""]
 
 
+def against(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
+    """What the default and its tuning lose as a share of the paper's loss, each text and their mean, and the time."""
+    lines = ["### Against the paper", "", f"| | calibration | {' | '.join(texts)} | mean | time |"]
+    lines.append("|---" * (4 + len(texts)) + "|")
+    for calibration in dict.fromkeys(row["calibration"] for row in found):
+        same = [row for row in found if row["calibration"] == calibration and row["section"] in ("the path", "tuning")]
+        paper = next((row for row in same if row["label"] == BASE), None)
+        if paper is None:
+            continue
+        for row in same:
+            if row["section"] == "tuning" or row["label"].endswith(f"({BEST})"):
+                shares = [ours / theirs for ours, theirs in zip(row["excess"], paper["excess"], strict=True)]
+                cells = " | ".join(f"{share:.2f}" for share in [*shares, statistics.mean(shares)])
+                label = f"{BEST} --tune" if row["section"] == "tuning" else BEST
+                lines.append(f"| {label} | {calibration} | {cells} | {row['seconds'] / paper['seconds']:.1f} x |")
+    return [*lines, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
@@ -173,7 +191,7 @@ def main() -> None:
                     "excess": [entry["excess"] for entry in row["measured"]],
                 }
             )
-    lines = [
+    lines = against(found, names) + [
         line
         for section in dict.fromkeys(row["section"] for row in found)
         for line in table(section, [row for row in found if row["section"] == section], names)
