@@ -108,7 +108,18 @@ option_case("value_not_among_the_words", ["--set", "weights.levels=kmeans"], "we
 option_case("group_not_of_bytes", ["--set", "weights.group=100"], "group = 100 is not a multiple of 8")
 option_case("outliers_negative", ["--outliers", "-4"], "outliers = -4 is negative")
 option_case("outliers_in_words", ["--outliers", "many"], "weights.outliers", "'many'")
-option_case("outliers_too_many", ["--outliers", "72"], "weights.outliers = 72", "model.layers.0.self_attn.q_proj")
+option_case("outliers_too_many", ["--outliers", "72"], "outliers = 72 leaves", "model.layers.0.self_attn.q_proj")
+option_case("outliers_of_signs", ["--outliers=--5"], "weights.outliers", "'--5'")
+option_case(
+    "two_recipes", ["--preset", "bwa", "--recipe", "r.json"], "--preset bwa and --recipe r.json", "leave out one"
+)
+option_case(
+    "an_option_and_a_set", ["--outliers", "0", "--set", "weights.outliers=16"], "weights.outliers", "leave out one"
+)
+option_case("sites_without_patterns", ["--set", 'sites={"bits":3}'], "sites.bits = 3", "the keys bits, group")
+option_case("tuned_and_not", ["--tune", "--set", "tune=none"], "--tune asks for tune", "leave out one")
+option_case("two_targets", ["--target-bits", "3", "--set", "allocate.target=3.5"], "asked to be 3.0 and, by --set, 3.5")
+option_case("searched_and_tuned", ["--preset", "gbs", "--tune"], "write tune = none or search.method = 'none'")
 option_case("length_over_the_context", ["--length", "129"], "calibration.length = 129", "context of 128")
 option_case("method_and_levels_do_not_match", ["--set", "weights.method=rtn"], "method 'rtn'", "levels = 'uniform'")
 option_case(
@@ -132,6 +143,19 @@ def eval_case(name: str, options: list[str], *words: str) -> None:
 eval_case("window_over_the_context", ["--window", "129"], "a window of 129 tokens", "context of 128")
 eval_case("join_unknown", ["--join", "comma"], "--join 'comma'", "none, space, blank-line")
 eval_case("dtype_unknown", ["--dtype", "int4"], "dtype 'int4'", "float32, bfloat16, float16")
+
+
+def compare_case(name: str, options: list[str], *words: str) -> None:
+    def prepare(ground: Ground) -> Arguments:
+        files = ["--calib", ground.calib, "--text", ground.calib, "--out", ground.out]
+        return ["compare", ground.models["llama"], "--methods", "rtn", *files, *options]
+
+    case(name, *words)(prepare)
+
+
+# Before a method is quantized.
+compare_case("compare_window_over_the_context", ["--window", "129"], "a window of 129 tokens", "context of 128")
+compare_case("compare_dtype_unknown", ["--dtype", "int4"], "dtype 'int4'", "float32, bfloat16, float16")
 
 
 @case("generate_dtype_unknown", "dtype 'half'", "float32, bfloat16, float16")

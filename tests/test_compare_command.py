@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def test_what_is_done_is_not_done_again_and_a_new_text_is_measured_alone(
     out = tmp_path / "out"
     assert support.run_cli(*command(out)).code == 0
     first = support.tree(out / "methods")
-    again = support.run_cli(*command(out, "--keep-artifacts"))
+    again = support.run_cli(*command(out))
     assert again.err.count("already measured") == 4
     assert "block" not in again.err
     assert support.tree(out / "methods") == first
@@ -123,6 +124,16 @@ def test_what_is_done_is_not_done_again_and_a_new_text_is_measured_alone(
     assert len(kept) == 3
     for name in kept:
         assert support.run_cli("verify", out / "artifacts" / name).code == 0
+    # Later calls leave what was kept, and make what is missing again.
+    assert support.run_cli(*command(out)).err.count("already measured") == 4
+    assert sorted(path.name for path in (out / "artifacts").iterdir() if path.is_dir()) == kept
+    whole = support.tree(out / "artifacts" / kept[0])
+    shutil.rmtree(out / "artifacts" / kept[0])
+    records = support.tree(out / "methods")
+    again = support.run_cli(*command(out, "--text", more_file, "--keep-artifacts"))
+    assert again.err.count("already measured") == 3
+    assert support.tree(out / "artifacts" / kept[0]) == whole
+    assert support.tree(out / "methods") == records
     expected = [row["measured"] for row in results_of(comparison)["methods"]]
     for row, other in zip(results_of(out)["methods"], expected, strict=True):
         assert [m["loss"] for m in row["measured"]] == [m["loss"] for m in other]
@@ -214,7 +225,7 @@ def test_comparisons_that_cannot_be(
     assert "did you mean 'feedback'" in of("bwa:weights.fedback=column")
     assert "bwa:weights.levels=dp" in of("weights.levels=dp")
     assert "original has no options" in of("original:weights.bits=1")
-    assert "weights.outliers = 72" in of("bwa:weights.outliers=72")
+    assert "outliers = 72 leaves" in of("bwa:weights.outliers=72")
     assert "bwa:weights.outliers=72" in of("bwa:weights.outliers=72")
     assert "no method" in refused("--skip-unknown", methods=("--methods", "bwq"))
     assert "same text twice" in refused("--text", evaluation_file)

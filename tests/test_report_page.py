@@ -164,6 +164,34 @@ def test_the_page_of_an_artifact_counts_as_plan_does(
     assert all(layer["linear"] in cells and f"{layer['error']:.5f}" in cells for layer in layers)
 
 
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("quarot", {"weights.group": 32}),
+        ("gbs", {"weights.group": 32, "search.iterations": 1, "transform.expansion": "power"}),
+        ("bwa", {"outer.embedding": 4, "outer.head": 4}),
+        ("bitwright", {"allocate": None}),
+    ],
+)
+def test_the_page_says_what_the_card_says(
+    preset: str, options: dict[str, Any], artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where a head is stored by itself, widths are filled up with zeros, or outer matrices are in integers."""
+    made = artifact("qwen2", preset, options)
+    assert support.run_cli("report", made, "--out", tmp_path / "page.html").code == 0
+    cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", (tmp_path / "page.html").read_text())]
+    card = (made / "README.md").read_text()
+    of_linears = re.search(r"linears \(([\d,]+) weights\).*?\| ([\d.]+) a weight \| ([\d,]+) \|", card)
+    of_model = re.search(r"whole model \(([\d,]+) parameters\).*?\| ([\d.]+) a parameter \| ([\d,]+) \|", card)
+    assert of_linears
+    assert of_model
+    for name, said in (("quantized linears, all counted", of_linears), ("whole model, headers included", of_model)):
+        at = cells.index(name)
+        assert cells[at + 1 : at + 4] == [said[1], said[3], said[2]]
+    for key, value in options.items():
+        assert f"{key}={'none' if value is None else value}" in (tmp_path / "page.html").read_text()
+
+
 def test_report_of_what_is_no_artifact(models: dict[str, Path], artifact_copy: Path, tmp_path: Path) -> None:
     assert "is no bitwright artifact" in support.run_cli("report", models["llama"]).message
     assert "there is no artifact directory" in support.run_cli("report", tmp_path / "none").message

@@ -242,7 +242,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"allocate": {"target": 0}}, "allocate: target = 0", "2.5, or 'auto'"),
     ({"allocate": {"bits": []}}, "allocate.bits = ()", "at least 1 item"),
     ({"allocate": {"bits": [2, 5]}}, "allocate: bits = 5", "from 1 to 4"),
-    ({"allocate": {"bits": 2}}, "allocate.bits = 2", "valid tuple"),
+    ({"allocate": {"bits": {}}}, "allocate.bits = {}", "valid tuple"),
     (WGM | {"allocate": {}}, "method 'wgm'", "allocate = none"),
     (QUAROT | {"allocate": {"outliers": [16]}}, "allocate: transform.rotation", "outliers = 0"),
     (QUAROT | {"sites": {"*": {"outliers": 16}}}, "sites '*': transform.rotation", "outliers = 0"),
@@ -259,6 +259,36 @@ def test_errors_say_key_and_cure(data: dict[str, Any], key: str, cure: str) -> N
     assert cure in message
     assert "\n" not in message
     assert isinstance(caught.value, BitwrightError)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("base", PRESETS)
+def test_what_makes_one_preset_of_another(name: str, base: str) -> None:
+    changes = preset(name).changed_from(preset(base))
+    assert preset(base).with_options({**changes, "name": name}) == preset(name)
+    assert bool(changes) == (name != base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bitwright", {"allocate": None}),
+        ("bitwright", {"calibration.residual": 0.0, "weights.damping_over": "all"}),
+        ("bitwright", {"tune": {"steps": 8}, "allocate.target": 2.5, "kv": None}),
+        ("bwa", {"tune": {}, "sites": {"*.mlp.*": {"bits": 3, "group": None, "outliers": None}}}),
+        ("atom", {"weights.clip": 1.0}),
+    ],
+)
+def test_changes_are_the_options(name: str, options: dict[str, Any]) -> None:
+    assert preset(name).with_options(options).changed_from(preset(name)) == options
+
+
+def test_a_later_option_reaches_into_an_earlier_one() -> None:
+    made = preset("bwa").with_options({"tune": {"steps": 8}, "tune.batch": 2, "allocate": {}, "allocate.bits": 3})
+    assert made.tune is not None
+    assert (made.tune.steps, made.tune.batch, made.tune.interval) == (8, 2, 8)
+    assert made.allocate is not None
+    assert made.allocate.bits == (3,)
 
 
 def test_options_replace_keys() -> None:
@@ -384,5 +414,5 @@ def test_outliers_by_number() -> None:
     assert outlier_count(64, 0) == 0
     assert outlier_count(64, 63) == 63
     for asked in (64, 1000):
-        with pytest.raises(RecipeError, match=rf"weights.outliers = {asked} .* 64 inputs; write a number below 64"):
+        with pytest.raises(RecipeError, match=rf"outliers = {asked} leaves .* 64 inputs; write a number below 64"):
             outlier_count(64, asked)

@@ -55,7 +55,8 @@ def main() -> None:
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
         if stop.code == 130:
-            _fail("interrupted; the same command goes on where it stopped", 130)
+            goes_on = any(word in sys.argv[1:2] for word in ("quantize", "compare"))
+            _fail("interrupted" + ("; the same command goes on where it stopped" if goes_on else ""), 130)
         raise
     except MemoryError as error:
         _fail(f"out of memory: {error or 'see the peak memory that `bitwright plan` prints'}")

@@ -111,8 +111,8 @@ def model(
         with console.err.status(f"building {which} with random weights"):
             built = random_model(which, recipe, layers)
     elif Path(which).is_dir():
-        if embedding != 16 or head != 16:
-            raise BitwrightError(f"--embedding and --head are for shapes; {which} has what it was quantized to")
+        if embedding != 16 or head != 16 or layers is not None:
+            raise BitwrightError(f"--embedding, --head and --layers are for shapes; {which} is measured as it is")
         built = load(which)
         if reason := Decoder.why_not(built):
             raise BitwrightError(f"{which} does not run on the lean path: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,24 +43,30 @@ def recipe_from(
     target_bits: float | None = None,
     **shortcuts: Any,
 ) -> Recipe:
-    """The recipe that a command line asks for: a file or a preset (or DEFAULT), then --tune, --target-bits, --set, the
-    shortcuts."""
+    """The recipe that a command line asks for: a file or a preset (or DEFAULT), changed by --set and by options of
+    their own, which must not contradict each other."""
+    if file and preset_name:
+        raise RecipeError(f"--preset {preset_name} and --recipe {file} are two recipes; leave out one of them")
     recipe = Recipe.from_file(file) if file else preset(preset_name or DEFAULT)
-    if tune and recipe.tune is None:
-        recipe = recipe.with_options({"tune": {}})
+    asked = {key.replace("__", "."): value for key, value in shortcuts.items() if value is not None}
+    set_ = dict(parse_option(option) for option in options)
+    changes: dict[str, Any] = {}
+    for key, option, wanted in (("tune", "--tune", tune), ("allocate", "--target-bits", target_bits is not None)):
+        if wanted and key in set_ and set_[key] is None:
+            raise RecipeError(f"{option} asks for {key}, which --set {key}=none turns off; leave out one of them")
+        if wanted and getattr(recipe, key) is None:
+            changes[key] = {}
     if target_bits is not None:
-        on = {} if recipe.allocate is None else recipe.allocate.model_dump()
-        recipe = recipe.with_options({"allocate": {**on, "target": target_bits}})
-    changes = dict(parse_option(option) for option in options)
-    changes.update({key.replace("__", "."): value for key, value in shortcuts.items() if value is not None})
-    made = recipe.with_options(changes) if changes else recipe
-    if target_bits is not None and made.allocate is None:
-        raise RecipeError("--target-bits asks for allocate, which --set allocate=none turns off; leave out one of them")
-    return made
+        asked["allocate.target"] = target_bits
+    for key, value in asked.items():
+        if set_.get(key, value) != value:
+            raise RecipeError(f"{key} is asked to be {value} and, by --set, {set_[key]}; leave out one of them")
+    changes |= set_ | asked
+    return recipe.with_options(changes) if changes else recipe
 
 
 def outliers_option(text: str | None) -> str | int | None:
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+    return int(text) if text is not None and re.fullmatch(r"-?[0-9]+", text) else text
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def command(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print what `quantize` will write and need, exact to the byte, without reading a weight."""
+    """Print what `quantize` will write and need without reading a weight: exact to the byte, or where it chooses bits
+    (allocate) at most."""
     from bitwright.pipeline import plan
 
     made = plan(
@@ -58,19 +59,20 @@ def show(plan: Plan) -> None:
         )
     console.out.print(layers)
     totals = Table(show_header=False)
-    totals.add_row("quantized linears", f"{plan.linear_weights:,} weights, {plan.linear_bytes:,} bytes")
-    totals.add_row("", f"{plan.linear_bits:.4f} bits a weight, all counted")
-    if plan.bound != plan.linear_bytes:
-        totals.add_row("", f"at most {plan.bound:,} bytes once bits are chosen")
+    most = "at most " if plan.recipe.allocate else ""
+    linear_bits = plan.bound * 8 / plan.linear_weights
+    totals.add_row("quantized linears", f"{plan.linear_weights:,} weights, {most}{plan.bound:,} bytes")
+    totals.add_row("", f"{most}{linear_bits:.4f} bits a weight, all counted")
     if plan.claimed_bits is not None:
         totals.add_row(
             "", f"{plan.claimed_bits:.4f} by the method's own formula, which leaves out the group of a weight"
         )
-    totals.add_row("whole model", f"{plan.parameters:,} parameters, {plan.total_bytes:,} bytes of weight files")
-    totals.add_row("", f"{plan.model_bits:.4f} bits a parameter, embeddings and head included")
-    totals.add_row(
-        "original", f"{plan.original_bytes:,} bytes, {plan.original_bytes / plan.total_bytes:.2f} times as large"
-    )
+    whole, most = plan.total_bound, "at most about " if most else ""  # headers have numbers of bits in them, too
+    totals.add_row("whole model", f"{plan.parameters:,} parameters, {most}{whole:,} bytes of weight files")
+    bits = whole * 8 / plan.parameters
+    totals.add_row("", f"{most}{bits:.4f} bits a parameter, embeddings and head included")
+    ratio = plan.original_bytes / whole
+    totals.add_row("original", f"{plan.original_bytes:,} bytes, {'about ' if most else ''}{ratio:.2f} times as large")
     for name in plan.outer:
         totals.add_row(name, f"{plan.outer_bits(name):.4f} bits a weight, {plan.outer_bytes(name):,} bytes")
     kept = "norms, and an embedding or head not named above" if plan.outer else "embeddings, norms, head"
@@ -82,5 +84,5 @@ def show(plan: Plan) -> None:
             "not in the model", f"{len(plan.ignored)} tensors of the files are left out: {plan.ignored[0]}, ..."
         )
     totals.add_row("the run needs", f"at most about {console.size(plan.peak_memory)} of memory")
-    totals.add_row("", f"at most {console.size(plan.work_disk)} of disk beside the output")
+    totals.add_row("", f"at most {console.size(plan.work_disk)} of disk, the output included")
     console.out.print(totals)

@@ -15,6 +15,12 @@ from bitwright.models.passes import first_line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises ModelError where models are not loaded in it."""
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
 def load(path: str | Path, dtype: str = "float32") -> Any:
     """A causal language model of a local directory, original or artifact, in evaluation mode.
 
@@ -24,8 +30,7 @@ def load(path: str | Path, dtype: str = "float32") -> Any:
     from transformers.utils import logging
 
     checkpoint = Checkpoint(path)
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     logging.disable_progress_bar()
     error = ArtifactError if checkpoint.config.get("quantization_config") is not None else ModelError
     try:

@@ -81,12 +81,7 @@ def evaluate_model(
     from bitwright.integrations.transformers import quantized_cache, recipe_of
 
     config = model.config.get_text_config(decoder=True)
-    context = context_length(config) or 2048
-    window = window or min(2048, context)
-    if not 2 <= window <= context:
-        raise TextError(
-            f"a window of {window} tokens does not fit the model's context of {context}; choose 2 to {context}"
-        )
+    window = window_for(context_length(config), window)
     tokens = tokenize(tokenizer, text, config.vocab_size)
     windows = consecutive_windows(tokens, window, limit, text)
     recipe = recipe_of(model)
@@ -122,6 +117,17 @@ def evaluate_model(
         text=text.name,
         text_sha256=text.sha256,
     )
+
+
+def window_for(context: int | None, asked: int | None) -> int:
+    """Tokens a window for a model of this context. Raises TextError where those asked for do not fit it."""
+    context = context or 2048
+    window = asked or min(2048, context)
+    if not 2 <= window <= context:
+        raise TextError(
+            f"a window of {window} tokens does not fit the model's context of {context}; choose 2 to {context}"
+        )
+    return window
 
 
 def _quantized(model: Any) -> str:

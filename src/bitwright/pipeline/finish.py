@@ -60,7 +60,9 @@ def finish(
     layers = [{key: value for key, value in entry.items() if key != "seconds"} for entry in state.log]
     found: dict[str, Any] = {**({"search": state.search} if ratios else {}), **summary}
     write_card(directory, plan, layers, measured, facts, state.search, found.get("tuning"))
-    write_manifest(directory, state.shards, {**facts, "measured": measured, "layers": layers, **found})
+    write_manifest(
+        directory, state.shards, {**facts, "sizes": plan.sizes(), "measured": measured, "layers": layers, **found}
+    )
 
 
 def quantization_config(skeleton: Skeleton, plan: Plan, ratios: Ratios) -> dict[str, Any]:

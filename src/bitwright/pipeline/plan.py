@@ -115,12 +115,33 @@ class Plan:
         return sum(self.shard_bytes)
 
     @property
+    def total_bound(self) -> int:
+        """`total_bytes` with linears that take up to `bound`; headers may differ by a few bytes then."""
+        return self.total_bytes - self.linear_bytes + self.bound
+
+    @property
     def model_bits(self) -> float:
         """Bits a parameter of the whole model, headers included."""
         return self.total_bytes * 8 / self.parameters
 
     def shard_names(self) -> list[str]:
         return [shard_name(index, len(self.shards)) for index in range(len(self.shards))]
+
+    def sizes(self) -> dict[str, Any]:
+        """Parameters of the original and what they take here, for the manifest."""
+        outer = {
+            name: {"parameters": spec.weights, "bytes": self.outer_bytes(name)} for name, spec in self.outer.items()
+        }
+        parameters = self.linear_weights + sum(entry["parameters"] for entry in outer.values())
+        taken = self.linear_bytes + sum(entry["bytes"] for entry in outer.values())
+        return {
+            "linears": {"parameters": self.linear_weights, "bytes": self.linear_bytes},
+            "outer": outer,
+            "kept": {"parameters": self.parameters - parameters, "bytes": self.tensor_bytes - taken},
+            "model": {"parameters": self.parameters, "bytes": self.total_bytes},
+            "original": {"bytes": self.original_bytes},
+            "unties": self.unties,
+        }
 
     def layers_of(self, block: int) -> list[LayerPlan]:
         return [layer for layer in self.layers if layer.block == block]
@@ -157,6 +178,7 @@ class Plan:
             "claimed_bits": self.claimed_bits,
             "parameters": self.parameters,
             "total_bytes": self.total_bytes,
+            "total_bound": self.total_bound,
             "model_bits": self.model_bits,
             "original_bytes": self.original_bytes,
             "calibration_length": self.length,

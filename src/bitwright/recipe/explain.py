@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,10 +43,11 @@ def _place(loc: tuple[int | str, ...]) -> str:
 def _fields(recipe: type[BaseModel], parents: list[str]) -> Mapping[str, Any]:
     """The fields of the part of a recipe that stands under these keys."""
     fields: Any = recipe.model_fields
-    for parent in parents:
-        if parent not in fields:  # a key of the user's own, such as a pattern of `sites`
-            continue
+    rest = iter(parents)
+    for parent in rest:
         annotation = fields[parent].annotation
-        part = next(p for p in (annotation, *getattr(annotation, "__args__", ())) if hasattr(p, "model_fields"))
+        part = next(p for p in (annotation, *get_args(annotation)) if hasattr(p, "model_fields"))
         fields = part.model_fields
+        if get_origin(annotation) is dict:
+            next(rest, None)  # a key of the user's own, such as a pattern of `sites`
     return fields

@@ -13,10 +13,14 @@ from bitwright.errors import RecipeError
 
 OutlierCount = Literal["auto"] | int
 Choice = TypeVar("Choice")
-# A list, as JSON has it, that stays as it is.
-Choices = Annotated[
-    tuple[Choice, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-]
+
+
+def _several(value: object) -> object:
+    """A list, as JSON has it, or one choice by itself."""
+    return (value,) if isinstance(value, (int, str)) else tuple(value) if isinstance(value, list) else value
+
+
+Choices = Annotated[tuple[Choice, ...], BeforeValidator(_several)]
 
 
 class Part(BaseModel):
@@ -324,7 +328,7 @@ def outlier_count(columns: int, asked: OutlierCount) -> int:
         return min(max(16, int(columns / 32 / 16 + 0.5) * 16), columns // 2)
     if asked >= columns:
         raise RecipeError(
-            f"weights.outliers = {asked} leaves nothing to quantize in a layer with {columns} inputs;"
+            f"outliers = {asked} leaves nothing to quantize in a layer with {columns} inputs;"
             f" write a number below {columns} or 'auto'"
         )
     return asked

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -207,8 +207,28 @@ class Recipe(Part):
             raise RecipeError(f"recipe {path} holds a {type(data).__name__}; a JSON object was expected")
         return cls.from_dict(data, str(path))
 
+    def changed_from(self, other: Recipe) -> dict[str, Any]:
+        """The options that make this recipe of `other`, beside its name: `other.with_options(...)` is equal to it."""
+        found: dict[str, Any] = {}
+        before = other.model_dump(mode="json")
+        for key, value in self.model_dump(mode="json", exclude={"name"}).items():
+            if value == before[key]:
+                continue
+            if key == "sites" or value is None:
+                found[key] = value
+            elif before[key] is None:
+                usual = _usual(key)
+                found[key] = {leaf: chosen for leaf, chosen in value.items() if chosen != usual[leaf]}
+            else:
+                changed = {leaf: chosen for leaf, chosen in value.items() if chosen != before[key][leaf]}
+                found.update({f"{key}.{leaf}": chosen for leaf, chosen in changed.items()})
+        return found
+
     def with_options(self, options: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted keys replaced: `{"weights.outliers": 0, "kv": None}`."""
+        """A copy with dotted keys replaced: `{"weights.outliers": 0, "kv": None, "tune": {"steps": 8}}`.
+
+        A later key may reach into what an earlier one sets.
+        """
         data = self.model_dump(mode="json")
         for key, value in options.items():
             *parents, leaf = key.split(".")
@@ -224,8 +244,19 @@ class Recipe(Part):
                 node = child
             if leaf not in node:
                 raise RecipeError(f"recipe: {unknown_key(key, node, leaf)}")
-            node[leaf] = copy.deepcopy(value)  # later keys may reach into it
+            filled = {**_usual(key), **value} if isinstance(value, dict) else value
+            node[leaf] = copy.deepcopy(filled)
         return Recipe.from_dict(data)
+
+
+def _usual(key: str) -> dict[str, Any]:
+    """What a part of the recipe has where nothing else is said; nothing for a key that is no part."""
+    field = Recipe.model_fields.get(key)
+    choices = () if field is None or get_origin(field.annotation) is dict else get_args(field.annotation)
+    for part in (field.annotation if field else None, *choices):
+        if isinstance(part, type) and issubclass(part, Part):
+            return part().model_dump(mode="json")
+    return {}
 
 
 def parse_option(text: str) -> tuple[str, Any]:

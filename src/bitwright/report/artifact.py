@@ -9,7 +9,7 @@ from typing import Any
 from bitwright.artifact.layout import bits_word
 from bitwright.artifact.manifest import read_manifest
 from bitwright.errors import ArtifactError
-from bitwright.models.checkpoint import read_header, read_json
+from bitwright.models.checkpoint import read_json
 from bitwright.report.page import Page, bits_section, common_provenance, error_section, recipe_setting
 from bitwright.report.tables import Column, Row, Table, perplexity_word
 
@@ -21,6 +21,10 @@ def artifact_page(directory: Path) -> Page:
     layers = manifest["layers"]
     recipe = manifest["recipe"]
     stored = config["quantization_config"]
+    if "sizes" not in manifest:
+        raise ArtifactError(
+            f"{directory} was quantized by an earlier version of bitwright: quantize it again for a page"
+        )
     mixed = [("", layers)] if stored["recipe"].get("sites") else []
     weight_bits = bits_word(spec["bits"] for spec in stored["layers"].values())
     return Page(
@@ -28,7 +32,7 @@ def artifact_page(directory: Path) -> Page:
         subtitle=f"{config['architectures'][0]}; every figure is from the artifact's manifest and headers."
         " `bitwright verify` checks every byte.",
         tables=[
-            _sizes(directory, manifest, config),
+            _sizes(manifest["sizes"]),
             _quality(manifest, weight_bits),
         ],
         sections=[*bits_section(mixed), error_section([("", layers)])],
@@ -37,35 +41,29 @@ def artifact_page(directory: Path) -> Page:
     )
 
 
-def _sizes(directory: Path, manifest: dict[str, Any], config: dict[str, Any]) -> Table:
-    names = set(config["quantization_config"]["layers"])
-    shards = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    kept = kept_bytes = 0
-    for shard in shards:
-        for tensor, entry in read_header(directory / shard, ArtifactError).items():
-            owner, _, part = tensor.rpartition(".")
-            if owner in names and part != "bias":
-                continue
-            kept += math.prod(entry["shape"])
-            kept_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
-    weights = sum(math.prod(layer["shape"]) for layer in manifest["layers"])
-    # Honest bytes of a linear are whole numbers; the manifest holds them as bits a weight.
-    linear_bytes = sum(round(layer["bits"] * math.prod(layer["shape"]) / 8) for layer in manifest["layers"])
-    total = sum(manifest["files"][shard]["bytes"] for shard in shards)
+def _sizes(sizes: dict[str, Any]) -> Table:
+    """Parameters are those of the original: what a method adds (a head of its own, zeros) counts as bytes alone."""
+    outer = sizes["outer"]
+    kept = "norms, biases, an embedding or head not named above" if outer else "embeddings, norms, head, biases"
     rows = [
-        ("quantized linears, all counted", weights, linear_bytes),
-        ("kept as they are: embeddings, norms, head, biases", kept, kept_bytes),
-        ("whole model, headers included", weights + kept, total),
+        ("quantized linears, all counted", sizes["linears"]),
+        *((f"{name} in integers", entry) for name, entry in outer.items()),
+        (f"kept: {kept}", sizes["kept"]),
+        ("whole model, headers included", sizes["model"]),
     ]
+    notes = ["Counted are codes, levels, scales, outliers and permutations; parameters are those of the original."]
+    if sizes["unties"]:
+        notes.append("The head, which shared its weights with the embedding, is stored by itself.")
     return Table(
         "Size, all bits counted",
         [Column("", left=True), Column("parameters"), Column("bytes"), Column("bits each")],
-        [
-            Row([name, f"{count:,}", f"{size:,}", f"{size * 8 / count:.4f}" if count else ""])
-            for name, count, size in rows
-        ],
-        ["Counted are codes, levels, scales, outliers and permutations."],
+        [Row([name, f"{entry['parameters']:,}", f"{entry['bytes']:,}", _each(entry)]) for name, entry in rows],
+        notes,
     )
+
+
+def _each(entry: dict[str, int]) -> str:
+    return f"{entry['bytes'] * 8 / entry['parameters']:.4f}" if entry["parameters"] else ""
 
 
 def _quality(manifest: dict[str, Any], weight_bits: str) -> Table:

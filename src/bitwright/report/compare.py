@@ -1,8 +1,9 @@
 """A comparison carried out: each method quantized and measured, one after the other, and nothing done twice.
 
 The output directory holds `compare.json`, what all methods share; `methods/KEY.json`, what is known of each method so
-far; `artifacts/KEY`, the artifact in work, removed once it is measured unless it is to be kept. All are written in one
-step, and a run of `quantize` resumes by itself, so that the same command after a kill goes on where it stopped.
+far; `artifacts/KEY`, the artifact in work, removed once it is measured unless it is to be kept, by this call or an
+earlier one. All are written in one step, and a run of `quantize` resumes by itself, so that the same command after a
+kill goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import bitwright
 from bitwright.artifact.shards import TORCH_DTYPES, write_text
 from bitwright.calibration import Text, consecutive_windows, load_tokenizer, tokenize
 from bitwright.errors import ModelError, RecipeError, RunError
-from bitwright.evaluation import evaluate
+from bitwright.evaluation import check_dtype, evaluate, window_for
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.models.checkpoint import read_json
 from bitwright.pipeline import quantize
@@ -40,7 +41,7 @@ from bitwright.report.tables import to_csv
 SHARED_NAME = "compare.json"
 FOLDERS = ("methods", "artifacts")
 # What a run that was killed at its very beginning leaves.
-_BEGUN = ("lock", f"{SHARED_NAME}.tmp", *FOLDERS)
+_BEGUN = ("lock", f"{SHARED_NAME}.tmp")
 # Fits every model: for sizes that do not depend on the recipe.
 _PLAIN = preset("rtn").with_options({"weights.outliers": 0, "weights.order": "none"})
 
@@ -75,6 +76,7 @@ class _Clock:
         self._behind.allocating(fraction)
 
     def begin(self, plan: Plan, completed: int) -> None:
+        self.lap()  # what was chosen before the first block is on disk
         self._behind.begin(plan, completed)
 
     def advance(self, fraction: float) -> None:
@@ -133,8 +135,9 @@ class Comparison:
         if not self.methods:
             raise RecipeError("no method is left to compare; name at least one, for example bwa")
         self.sizes = plan_for(skeleton, _PLAIN)
+        check_dtype(measuring.dtype)
         config = skeleton.config.get_text_config(decoder=True)
-        window = measuring.window or min(2048, context_length(config) or 2048)
+        window = window_for(context_length(config), measuring.window)
         tokenizer = load_tokenizer(self.checkpoint.directory)
         for text in measuring.texts:
             consecutive_windows(tokenize(tokenizer, text, config.vocab_size), window, measuring.limit, text)
@@ -187,12 +190,12 @@ class Comparison:
 
     def _open(self) -> None:
         path, shared = self.output / SHARED_NAME, self._shared()
-        if self.restart:
-            path.unlink(missing_ok=True)
+        if self.restart and path.exists():
             (self.output / "activations.json").unlink(missing_ok=True)
             for folder in FOLDERS:
                 shutil.rmtree(self.output / folder, ignore_errors=True)
-        if path.exists():
+            write_text(path, json.dumps(shared, indent=1))
+        elif path.exists():
             before = read_json(path, RunError)
             differing = sorted(key for key in {*before, *shared} if before.get(key) != shared.get(key))
             if differing:
@@ -223,7 +226,8 @@ class Comparison:
 
         lacking = [text for text in self.measuring.texts if self.measuring.key(text) not in record["texts"]]
         artifact = self.output / "artifacts" / method.key
-        if not lacking and (method.recipe is None or "sizes" in record):
+        known = method.recipe is None or "sizes" in record
+        if not lacking and known and (not self.keep or method.recipe is None or artifact.exists()):
             self.reporter.note("  already measured")
         elif method.recipe is None:
             self._measure(self.checkpoint.directory, lacking, record, save)
@@ -231,7 +235,10 @@ class Comparison:
             self._quantize(method, artifact, record, save)
             record["after"] = activations.after(measured, artifact)
             self._measure(artifact, lacking, record, save)
-        if not self.keep:
+        if self.keep and not record.get("kept"):
+            record["kept"] = True
+            save()
+        if not record.get("kept"):
             shutil.rmtree(artifact, ignore_errors=True)
             with suppress(FileNotFoundError):
                 artifact.with_name(f"{artifact.name}.log.jsonl").unlink()

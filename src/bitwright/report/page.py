@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress
@@ -10,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bitwright.recipe import PRESETS
+from bitwright.recipe import PRESETS, Recipe
 from bitwright.report import figures, tables
 from bitwright.report.tables import Table
 
@@ -184,11 +185,17 @@ def _of_site(curves: dict[str, Any], site: str) -> dict[int, Any]:
 
 
 def recipe_setting(title: str, recipe: dict[str, Any], layers: list[dict[str, Any]]) -> Setting:
-    options = dict(flat(recipe))
-    standard = dict(flat(PRESETS[recipe["name"]].to_dict())) if recipe["name"] in PRESETS else {}
-    changed = [f"{key}={value}" for key, value in options.items() if standard and standard.get(key, "") != value]
-    words = f"preset {recipe['name']}" + (" with " + ", ".join(changed) if changed else "")
-    return Setting(title, words, list(options.items()), layers)
+    standard, words = PRESETS.get(recipe["name"]), f"preset {recipe['name']}"
+    if standard is None:
+        words = f"recipe {recipe['name']}"
+    elif changes := Recipe.from_dict(recipe).changed_from(standard):
+        words += " with " + ", ".join(f"{key}={option_word(value)}" for key, value in changes.items())
+    return Setting(title, words, list(flat(recipe)), layers)
+
+
+def option_word(value: Any) -> str:
+    """A value as `--set` reads it."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
