@@ -52,9 +52,9 @@ def options(recipe: Recipe, ideas: list[str]) -> dict[str, Any]:
     return {key: value_at(recipe, key) for idea in ideas for key in IDEAS[idea]}
 
 
-def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]]:
-    """(section, label, recipe) of every row."""
-    base, best = preset(BASE), preset(BEST)
+def rows(seeds: list[int], sizes: list[int], shared: dict[str, Any]) -> Iterator[tuple[str, str, Recipe]]:
+    """(section, label, recipe) of every row; `shared` are options of all of them that do not say otherwise."""
+    base, best = preset(BASE).with_options(shared), preset(BEST).with_options(shared)
     names = list(IDEAS)
     left = {key for key in _keys(base.model_dump(mode="json")) if value_at(base, key) != value_at(best, key)}
     if missing := left - {"name"} - {key for keys in IDEAS.values() for key in keys}:
@@ -68,17 +68,17 @@ def rows(seeds: list[int], sizes: list[int]) -> Iterator[tuple[str, str, Recipe]
     for idea in names:
         yield "the default without", idea, best.with_options(options(base, [idea]))
     yield "tuning", f"{BEST} --tune", best.with_options({"tune": {}})
-    for name in (BASE, BEST):
+    for name, recipe in ((BASE, base), (BEST, best)):
         for seed in seeds:
-            yield "seeds", f"{name}, seed {seed}", preset(name).with_options({"calibration.seed": seed})
+            yield "seeds", f"{name}, seed {seed}", recipe.with_options({"calibration.seed": seed})
         for size in sizes:
             label = f"{name}, {size} segments"
-            yield "calibration segments", label, preset(name).with_options({"calibration.sequences": size})
+            yield "calibration segments", label, recipe.with_options({"calibration.sequences": size})
 
 
-def _decides(section: str, label: str, recipe: Recipe) -> bool:
+def decides(section: str, label: str) -> bool:
     """Whether it is a row of brief calibration texts: the paper, the default, the default tuned."""
-    return section == "tuning" or (section == "the path" and recipe in (preset(BASE), preset(BEST)))
+    return section == "tuning" or (section == "the path" and (label == BASE or label.endswith(f"({BEST})")))
 
 
 def _keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -120,12 +120,12 @@ def against(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
     lines = ["### Against the paper", "", f"| | calibration | {' | '.join(texts)} | mean | time |"]
     lines.append("|---" * (4 + len(texts)) + "|")
     for calibration in dict.fromkeys(row["calibration"] for row in found):
-        same = [row for row in found if row["calibration"] == calibration and row["section"] in ("the path", "tuning")]
+        same = [row for row in found if row["calibration"] == calibration and decides(row["section"], row["label"])]
         paper = next((row for row in same if row["label"] == BASE), None)
         if paper is None:
             continue
         for row in same:
-            if row["section"] == "tuning" or row["label"].endswith(f"({BEST})"):
+            if row is not paper:
                 shares = [ours / theirs for ours, theirs in zip(row["excess"], paper["excess"], strict=True)]
                 cells = " | ".join(f"{share:.2f}" for share in [*shares, statistics.mean(shares)])
                 label = f"{BEST} --tune" if row["section"] == "tuning" else BEST
@@ -155,22 +155,19 @@ def main() -> None:
         raise SystemExit(f"--brief names {', '.join(sorted(missing))}, which no --calib has")
     texts = [*(read(word) for word in asked.text), *(read(word, "space") for word in asked.spaced)]
     names = [text.name for text in texts]
+    shared = {"calibration.sequences": asked.sequences, "calibration.length": asked.length}
     wanted = [
         row
-        for row in rows([int(s) for s in asked.seeds.split(",")], [int(s) for s in asked.sizes.split(",")])
+        for row in rows([int(s) for s in asked.seeds.split(",")], [int(s) for s in asked.sizes.split(",")], shared)
         if asked.sections is None or any(row[0].startswith(section) for section in asked.sections.split(","))
     ]
     found: list[dict[str, Any]] = []
     for word in asked.calib:
         name, _, path = word.partition("=")
+        here = [row for row in wanted if name not in asked.brief or decides(*row[:2])]
         methods = [Method(ORIGINAL, ORIGINAL, None)]
-        here = [row for row in wanted if name not in asked.brief or _decides(*row)]
         for section, label, recipe in here:
-            shared = {"calibration.sequences": asked.sequences, "calibration.length": asked.length}
-            changed = {
-                key: value for key, value in shared.items() if value_at(recipe, key) == value_at(preset(BASE), key)
-            }
-            methods.append(Method(f"{section}: {label}", label, recipe.with_options(changed | {"name": "ablation"})))
+            methods.append(Method(f"{section}: {label}", label, recipe.with_options({"name": "ablation"})))
         results = Comparison(
             asked.model,
             asked.out / name,

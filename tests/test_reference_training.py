@@ -136,7 +136,10 @@ def test_the_written_model_is_measured_and_its_card_says_so(trained: Path, text_
     printed = support.run_cli("eval", model, "--text", text, "--json")
     assert json.loads(printed.out)["perplexity"] == pytest.approx(row["perplexity"], rel=1e-6)
     card = (model / "README.md").read_text()
-    assert f"{STEPS * CONTEXT * BATCH:,} tokens seen in windows of 16 for the first 50%" in card
+    assert (
+        f"{STEPS * CONTEXT * BATCH:,} tokens seen in windows of 16 for the first {STEPS * CONTEXT * BATCH // 2:,} and"
+        in card
+    )
     assert f"{row['perplexity']:.4f}" in card
     first = card
     assert figures.main([str(model), "--text", str(text)]) == 0
@@ -175,6 +178,7 @@ def test_a_finished_run_is_taken_on_to_more_tokens(
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"{longer * CONTEXT * BATCH:,} tokens seen" in card
     assert f"--tokens {longer * CONTEXT * BATCH} " in card
+    assert f"windows of 16 for the first {STEPS * CONTEXT * BATCH // 2:,} and" in card, "not once more"
 
 
 def test_bad_calls_are_one_line(

@@ -7,12 +7,14 @@
 The first and the last run where bitwright is installed, the second where the tool is; README.md beside this says how.
 The segments are those that `bitwright quantize` takes with the same seed. What a tool made is written dequantized, as
 an ordinary float32 model in DIR/<tool>-<group>-<number>, with the tool's version, options, seconds and bits in
-two_bits.json; what is there already is not made again. Activations are not quantized. `table` prints Markdown.
+two_bits.json; what is there already is not made again, and what
+was made of other weights or segments is refused. Activations are not quantized. `table` prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -20,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,11 @@ def quantize(arguments: argparse.Namespace) -> None:
     for number in arguments.settings or range(len(names)):
         for group in arguments.group:
             directory = arguments.to / f"{arguments.tool}-{group}-{number}"
+            made_of = {"model": weights_digest(arguments.model), "tokens": digest([arguments.segments])}
             if (directory / FACTS).exists():
+                before = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+                if before["made_of"] != made_of:
+                    raise SystemExit(f"{directory} was made of another model or other segments; give another --to")
                 continue
             setting = SETTINGS[arguments.tool][names[number]]
             print(f"{directory.name}: {names[number]}, groups of {group}", file=sys.stderr, flush=True)
@@ -66,8 +73,21 @@ def quantize(arguments: argparse.Namespace) -> None:
                 "seconds": round(time.perf_counter() - start, 1),
                 "threads": arguments.threads,
                 "segments": list(rows.shape),
+                "made_of": made_of,
             }
             write(arguments.model, linears, facts, directory)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """sha256 of the files' bytes, in the order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def weights_digest(directory: Path) -> str:
+    return digest(directory.glob("*.safetensors"))
 
 
 def write(model: Path, linears: dict[str, Linear], facts: dict[str, Any], directory: Path) -> None:
@@ -112,9 +132,9 @@ def table(arguments: argparse.Namespace) -> None:
         """Mean loss on each text; kept in the directory of results."""
         kept = arguments.results / "losses.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        found = []
+        found, weights = [], weights_digest(directory)
         for text in texts:
-            key = " ".join([directory.name, text.sha256, json.dumps(measure)])
+            key = " ".join([directory.name, weights, text.sha256, json.dumps(measure)])
             if key not in known:
                 known[key] = math.log(evaluate(directory, text, **measure).perplexity)
                 kept.write_text(json.dumps(known, indent=1), encoding="utf-8")

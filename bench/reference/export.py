@@ -80,7 +80,8 @@ def card(run: Run) -> str:
     short = recipe.get("short_windows")
     windows = f"windows of {recipe['context']}"
     if short:
-        windows = f"windows of {short['length']} for the first {short['share']:.0%} and of {recipe['context']} after"
+        first = run.short_steps * recipe["batch_windows"] * recipe["context"]
+        windows = f"windows of {short['length']} for the first {first:,} and of {recipe['context']} after"
     lines += [
         "",
         f"Weights of {state}: {run.tokens:,} tokens seen in {windows}, batches of "

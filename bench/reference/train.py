@@ -86,6 +86,7 @@ class Run:
         tokens = [token_file(s, self.tokenizer, args.text_dir, self.work / "tokens") for s in recipe["sources"]]
         batch, context = recipe["batch_windows"], recipe["context"]
         self.steps = max(1, round(recipe["tokens"] / (batch * context)))
+        self.short_steps = math.ceil(recipe.get("short_windows", {}).get("share", 0.0) * self.steps)
         weights = [source["weight"] for source in recipe["sources"]]
         self.windows = Windows(tokens, weights, self.steps * batch, context, recipe["seed"])
         self.evaluation = {source["name"]: self._evaluation_text(source) for source in recipe["evaluation"]}
@@ -130,8 +131,7 @@ class Run:
 
     def window(self, step: int) -> int:
         """Tokens that step looks back on: the recipe's short windows first, as they cost less, then its context."""
-        short = self.recipe.get("short_windows")
-        return short["length"] if short and step < short["share"] * self.steps else self.recipe["context"]
+        return self.recipe["short_windows"]["length"] if step < self.short_steps else self.recipe["context"]
 
     def train_step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step on the next batch; gives its mean loss and the gradient's norm before clipping."""
@@ -176,6 +176,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "short_steps": self.short_steps,
             "seconds": self.seconds,
             "machine": self.machine,
             "unlogged": [float(loss) for loss in self.unlogged],
@@ -200,6 +201,8 @@ class Run:
             # More tokens are a longer schedule from here on; anything else is another model.
             if {**before, "tokens": self.recipe["tokens"]} != self.recipe or state["step"] > self.steps:
                 raise RecipeError(f"{self.work} holds a run of another recipe: give another --work folder")
+            if state["step"] >= state.get("short_steps", 0):  # it has learnt the far positions: there is no way back
+                self.short_steps = state.get("short_steps", 0)
             print(f"the run of {before['tokens']:,} tokens is taken on to {self.recipe['tokens']:,}", flush=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

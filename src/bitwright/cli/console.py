@@ -98,7 +98,8 @@ class RunReporter:
         self._progress = _bar()
         self._task: TaskID | None = None
         self._search: tuple[TaskID, float, float] | None = None
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
+        self._chosen = 0.0
         self._first = 0
         self._blocks = 0
 
@@ -106,7 +107,12 @@ class RunReporter:
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("choosing bits", total=1.0)
+            self._began, self._chosen, self._told = time.monotonic(), 0.0, time.monotonic()
         self._progress.advance(self._task, fraction)
+        self._chosen += fraction
+        if not err.is_terminal and time.monotonic() - self._told > 10:
+            self._told = time.monotonic()
+            err.print(f"choosing bits {self._chosen:.0%}  {self._told - self._began:.0f} s", markup=False)
 
     def begin(self, plan: Any, completed: int) -> None:
         self._blocks = len(plan.shards) - 1

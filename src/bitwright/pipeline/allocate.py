@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bitwright.calibration import Stream
+from bitwright.models.checkpoint import sha256_file
 from bitwright.pipeline.budget import allot
 from bitwright.pipeline.layers import candidate_layers
 from bitwright.pipeline.plan import Plan
@@ -23,17 +25,28 @@ def allocate(
     calls: Sequence[dict[str, Any]],
     workers: Workers,
     directory: Path,
+    begun: dict[str, Any],
+    seal: Callable[[dict[str, Any]], None],
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
     """What `plan.recipe.allocate` comes to, for run.json and the manifest.
 
+    begun   what an earlier call gave to `seal`, which is told after each block and keeps it; empty at first
     sites   changes of `weights` by full names of leaders, for `Recipe.settled`
     budget  bytes of the quantized linears
     losses  {leader: [nats a token of each candidate]}; candidates  what they are
     """
     recipe = plan.recipe
     candidates, layers = recipe.candidates(), candidate_layers(source.skeleton, recipe, source)
-    felt = Sensitivity(source, recipe, layers, entry, calls, workers, directory, advance).measure()
+    blocks = [[Felt(**site) for site in block] for block in begun.get("felt", [])]
+    digests = begun.get("files", {})
+
+    def keep(found: Sequence[Sequence[Felt]], names: Sequence[str]) -> None:
+        nonlocal digests
+        digests = {name: digests.get(name) or sha256_file(directory / name) for name in names}
+        seal({"felt": [[asdict(site) for site in block] for block in found], "files": digests})
+
+    felt = Sensitivity(source, recipe, layers, entry, calls, workers, directory, advance).measure(blocks, keep)
     chosen = allot([site.bytes for site in felt], [site.losses for site in felt], plan.bound)
     assert chosen is not None
     return {

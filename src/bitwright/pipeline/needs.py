@@ -89,12 +89,12 @@ def work_disk(
     """Bytes that the run's directory needs at most: the artifact, whose linears take up to `bound`, and two streams
     before and after a block. For a tuning the solved shards beside it, the stream before the first block, one of a
     step, and values with both moments as they are, as they were sealed last, and when they were best. For an
-    allocation the inputs of all blocks."""
+    allocation the inputs of all blocks, and gradients before and behind one."""
     stream = 4 * length * skeleton.width
     more = max(0, bound - sum(layer.bytes for layer in layers))
     total = sum(file_bytes(shard) for shard in shards) + more + 4 * sequences * stream
     if recipe.allocate is not None:
-        total += (len(skeleton.blocks) + 1) * measured_sequences(recipe, length) * stream
+        total += (len(skeleton.blocks) + 3) * measured_sequences(recipe, length) * stream
     if recipe.tune is not None:
         step = recipe.tune.batch * (len(skeleton.blocks) + 1)
         total += sum(file_bytes(shard) for shard in shards[1:]) + more + (2 * sequences + step) * stream

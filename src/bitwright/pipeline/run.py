@@ -226,10 +226,8 @@ class _Run:
         if self.recipe.outer.embedding < 16:
             exchanged = with_outer_quantized(self.skeleton, values, self.plan.outer)
             quantized = self._embedded("stream-0-quantized.f32", exchanged)
-        state.streams = {"full": full, "quantized": quantized}
-        if self.recipe.tune is not None:
-            state.streams["entry"] = quantized
-        self._seal(state)
+        tuned = {"entry": quantized} if self.recipe.tune is not None else {}
+        self._seal(state, {"full": full, "quantized": quantized, **tuned})
         return state
 
     def _embedded(self, name: str, values: dict[str, Tensor]) -> str:
@@ -258,7 +256,7 @@ class _Run:
         quantized.finish()
         state.log.extend(entries)
         state.completed = index + 1
-        self._exchange_streams(state, {role: path.name for role, path in paths.items()})
+        self._seal(state, {role: path.name for role, path in paths.items()})
         self._write_log(state)
         self.reporter.block_done(index, entries)
 
@@ -281,10 +279,18 @@ class _Run:
     def _allocation(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> dict[str, Any]:
         """Sites that are stored in ways of their own; empty where the recipe leaves nothing to choose."""
         if self.recipe.allocate is not None and not state.allocation:
-            entry, report = self._stream(state, "full"), self.reporter.allocating
-            path = self.directory.path
-            state.allocation = allocate(self.source, self.plan, entry, calls, workers, path, report)
-            self.directory.save(state)
+            found = allocate(
+                self.source,
+                self.plan,
+                self._stream(state, "full"),
+                calls,
+                workers,
+                self.directory.path,
+                state.choosing,
+                lambda choosing: self.directory.seal(state, choosing=choosing),
+                self.reporter.allocating,
+            )
+            self.directory.seal(state, choosing={}, allocation=found)
         return state.allocation
 
     def _settle(self, allocation: dict[str, Any]) -> None:
@@ -292,13 +298,13 @@ class _Run:
         if allocation:
             self.plan = plan_for(self.skeleton, settle(self.recipe, allocation), self.probes, self.threads)
 
-    def _exchange_streams(self, state: RunState, fresh: dict[str, str]) -> None:
-        """Seal the state with other streams in these roles, and remove those that have none any more."""
-        old = set(state.streams.values())
-        state.streams = {**state.streams, **fresh}
-        self._seal(state)
-        for name in old - set(state.streams.values()):
-            (self.directory.path / name).unlink()
+    def _seal(self, state: RunState, fresh: dict[str, str]) -> None:
+        """Hash the streams that the rest of the run needs, these in their roles; then record everything in one step."""
+        streams = {**state.streams, **fresh}
+        digests = {name: sha256_file(self.directory.path / name) for name in set(streams.values())}
+        self.directory.seal(
+            state, streams=streams, stream_sha256={role: digests[name] for role, name in streams.items()}
+        )
 
     def _tune(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> None:
         """Tune the solved model, then pass the quantized stream through it once more and write its shards."""
@@ -319,10 +325,7 @@ class _Run:
         self.reporter.begin_tuning(intervals, len(progress.losses) - 1 if progress else 0)
         while progress is None or not progress.finished(recipe.steps, recipe.patience):
             progress = tuner.start() if progress is None else tuner.go_on(progress)
-            old, state.tuning = state.others(), progress.to_dict()
-            self.directory.save(state)
-            for name in old.keys() - state.others().keys():
-                (self.directory.path / name).unlink()
+            self.directory.seal(state, tuning=progress.to_dict())
             self.reporter.interval_done(len(progress.losses) - 1, intervals, [loss for _, loss in progress.losses])
         if not state.rewritten:
             state.streams["quantized"] = state.streams["entry"]
@@ -335,7 +338,7 @@ class _Run:
             propagate(job, self._stream(state, "quantized"), target, None)
             target.finish()
             state.rewritten = index + 1
-            self._exchange_streams(state, {"quantized": target.path.name})
+            self._seal(state, {"quantized": target.path.name})
 
     def _summary(self, state: RunState) -> dict[str, Any]:
         """How the tuning went and what was allocated, for the manifest; empty where there was neither."""
@@ -372,12 +375,6 @@ class _Run:
         name = self.plan.shard_names()[index]
         state.shards[name] = asdict(write_shard(self.directory.artifact / name, tensors))
 
-    def _seal(self, state: RunState) -> None:
-        """Hash the streams that the next block needs, then record everything in one step."""
-        digests = {name: sha256_file(self.directory.path / name) for name in set(state.streams.values())}
-        state.stream_sha256 = {role: digests[name] for role, name in state.streams.items()}
-        self.directory.save(state)
-
     def _search(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> Ratios:
         """Clip ratios of everything, and the quantized stream as it is with them; nothing where none are asked for."""
         if not self.searching.asked:
@@ -393,11 +390,8 @@ class _Run:
         )
         ratios = stage.ratios()
         if state.streams["quantized"] != FINAL:
-            old = state.streams["quantized"]
             stage.apply(ratios, self.windows, self.directory.path / FINAL)
-            state.streams = {**state.streams, "quantized": FINAL}
-            self._seal(state)
-            (self.directory.path / old).unlink()
+            self._seal(state, {"quantized": FINAL})
         return ratios
 
     def _write_log(self, state: RunState) -> None:

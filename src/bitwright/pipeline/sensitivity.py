@@ -88,21 +88,54 @@ class Sensitivity:
         self.count = measured_sequences(recipe, entry.shape[1])
         self.layers = [{layer.name: layer for layer in candidate} for candidate in layers]
 
-    def measure(self) -> list[Felt]:
-        """Of every site, from the first block to the last."""
-        stream = self._forward()
-        pulls = self._heads(stream)
-        found: list[list[Felt]] = []
-        for index in reversed(range(self.depth)):
-            felt, pulls = self._block(index, stream, pulls)
-            found.insert(0, felt)
-        stream.path.unlink()
-        return [felt for block in found for felt in block]
+    def measure(
+        self,
+        found: Sequence[list[Felt]] = (),
+        keep: Callable[[Sequence[list[Felt]], Sequence[str]], None] = lambda found, names: None,
+    ) -> list[Felt]:
+        """Of every site, from the first block to the last.
 
-    def _forward(self) -> Stream:
+        found  what is known from an earlier call, the last block first
+        keep   told after each block what is known, and the names of the files that the rest needs
+        """
+        inputs = self.directory / "allocate-inputs.f32"
+        if not found:
+            self._forward(inputs)
+        else:
+            self.advance(0.2 + 0.8 * len(found) / self.depth)
+        stream = Stream.open(inputs, self._shape(self.depth + 1))
+        pulls = self._read(len(found)) if found else self._heads(stream)
+        for index in reversed(range(self.depth - len(found))):
+            felt, pulls = self._block(index, stream, pulls)
+            found = [*found, felt]
+            if index:
+                keep(found, [inputs.name, self._write(len(found), pulls)])
+        if self.depth == 1:  # nothing was kept
+            inputs.unlink()
+        return [felt for block in reversed(found) for felt in block]
+
+    def _shape(self, times: int) -> tuple[int, int, int]:
+        return (times * self.count, *self.entry.shape[1:])
+
+    def _pulls(self, done: int) -> Path:
+        """Gradients by the hidden states before the `done` last blocks, sequence after sequence."""
+        return self.directory / f"allocate-pulls-{done}.f32"
+
+    def _read(self, done: int) -> list[Tensor]:
+        stream = Stream.open(self._pulls(done), self._shape(1))
+        with torch.inference_mode(False):
+            return [stream.read(place) for place in range(self.count)]
+
+    def _write(self, done: int, pulls: Sequence[Tensor]) -> str:
+        stream = Stream.create(self._pulls(done), self._shape(1))
+        for place, pull in enumerate(pulls):
+            stream.write(place, pull)
+        stream.finish()
+        return stream.path.name
+
+    def _forward(self, path: Path) -> None:
         """Hidden states before block k at k * count, those after the last block behind them."""
-        shape = ((self.depth + 1) * self.count, *self.entry.shape[1:])
-        stream = Stream.create(self.directory / "allocate-inputs.f32", shape)
+        stream = Stream.create(path, self._shape(self.depth + 1))
         for place in range(self.count):
             stream.write(place, self.entry.read(place))
         for index in range(self.depth):
@@ -114,7 +147,7 @@ class Sensitivity:
 
             self.workers.map(unit, range(self.count))
             self.advance(0.2 / self.depth)
-        return stream
+        stream.finish()
 
     def _heads(self, stream: Stream) -> list[Tensor]:
         """Gradients of -log p of tokens drawn from the model by the hidden states behind the last block."""

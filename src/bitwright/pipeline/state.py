@@ -27,7 +27,8 @@ STATE_NAME = "run.json"
 @dataclass
 class RunState:
     """What run.json holds. `completed` blocks are solved; `streams` are the inputs of the next block; `search` what is
-    known of clip ratios, an entry each; `allocation` what the recipe's `allocate` came to.
+    known of clip ratios, an entry each; `choosing` is what `allocate` has found out and kept so far (allocate.py),
+    `allocation` what it came to.
 
     Where the recipe tunes: `solved` are the sha256 of the shards before it, `tuning` is tune.Progress, and `rewritten`
     blocks have gone into the artifact since it ended.
@@ -40,15 +41,19 @@ class RunState:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)
+    choosing: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     solved: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     rewritten: int = 0
 
     def others(self) -> dict[str, str]:
-        """sha256 of the files of a tuning, by name."""
-        files: dict[str, str] = self.tuning.get("files", {})
-        return {**self.solved, **files}
+        """sha256 of the files of an allocation and of a tuning, by name."""
+        return {**self.choosing.get("files", {}), **self.solved, **self.tuning.get("files", {})}
+
+    def files(self) -> set[str]:
+        """Names of all files beside the artifact that the rest of the run needs."""
+        return {*self.streams.values(), *self.others()}
 
 
 @contextlib.contextmanager
@@ -109,6 +114,15 @@ class RunDirectory:
     def save(self, state: RunState) -> None:
         write_text(self.path / STATE_NAME, json.dumps(asdict(state), indent=1))
 
+    def seal(self, state: RunState, **changes: Any) -> None:
+        """Record the state with these fields changed in one step; then remove the files that it names no more."""
+        before = state.files()
+        for name, value in changes.items():
+            setattr(state, name, value)
+        self.save(state)
+        for name in sorted(before - state.files()):
+            (self.path / name).unlink()
+
     def check(self, state: RunState, fingerprint: dict[str, Any]) -> None:
         """Go on only with the same question, the same program and the bytes that were left. Raises RunError."""
         if state.fingerprint != fingerprint:
@@ -123,7 +137,6 @@ class RunDirectory:
             self._check_file(self.artifact / name, entry["sha256"])
         for role, digest in state.stream_sha256.items():
             self._check_file(self.path / state.streams[role], digest)
-
         for name, digest in state.others().items():
             self._check_file(self.path / name, digest)
 
@@ -135,7 +148,7 @@ class RunDirectory:
 
     def clean(self, state: RunState) -> None:
         """Remove what the state does not name: the rests of a block that was broken off."""
-        keep = {STATE_NAME, "lock", "artifact", *state.streams.values(), *state.others()}
+        keep = {STATE_NAME, "lock", "artifact", *state.files()}
         for path in self.path.iterdir():
             if path.name not in keep:
                 path.unlink()

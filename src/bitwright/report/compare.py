@@ -73,10 +73,10 @@ class _Clock:
         self._behind, self._save, self._since = behind, save, time.monotonic()
 
     def allocating(self, fraction: float) -> None:
+        self.lap()
         self._behind.allocating(fraction)
 
     def begin(self, plan: Plan, completed: int) -> None:
-        self.lap()  # what was chosen before the first block is on disk
         self._behind.begin(plan, completed)
 
     def advance(self, fraction: float) -> None:
