@@ -136,17 +136,26 @@ other_config(
 other_config("artifact_without_quantization", lambda c: c.pop("quantization_config"), "down_proj.weight", "shape [0]")
 
 
-def nan_scale(entries: dict[str, Any]) -> None:
-    dtype, shape, raw = entries[f"{LAYER}.scales"]
-    entries[f"{LAYER}.scales"] = (dtype, shape, b"\xff\xff" + raw[2:])
+def values_case(name: str, part: str, change: Callable[[bytes], bytes], *words: str) -> None:
+    """A case: other bytes in a tensor of the packed linear LAYER, of the same shape and dtype."""
+
+    def rewrite(entries: dict[str, Any]) -> None:
+        dtype, shape, raw = entries[f"{LAYER}.{part}"]
+        entries[f"{LAYER}.{part}"] = (dtype, shape, change(raw))
+
+    def damage(directory: Path) -> None:
+        support.rewrite_safetensors(directory / SHARD, rewrite)
+
+    shard_case(name, damage, f"tensor {LAYER}.{part}", *words)
 
 
-shard_case(
-    "artifact_with_a_scale_that_is_nan",
-    lambda d: support.rewrite_safetensors(d / SHARD, nan_scale),
-    f"tensor {LAYER}.scales",
-    "NaN or infinite values",
-)
+values_case("artifact_with_a_scale_that_is_nan", "scales", lambda b: b"\xff\xff" + b[2:], "NaN or infinite values")
+# Native code takes an order for what it is: beyond the columns it would read what is not the model's.
+NO_ORDER = ("is no order of the 72 columns", "`bitwright verify`")
+values_case("permutation_beyond_the_columns", "permutation", lambda b: b"\xff" * len(b), *NO_ORDER)
+values_case("permutation_one_beyond", "permutation", lambda b: b.replace(b"\x47\x00", b"\x48\x00"), *NO_ORDER)
+values_case("permutation_of_one_channel", "permutation", lambda b: bytes(len(b)), *NO_ORDER)
+values_case("permutation_with_a_double", "permutation", lambda b: b[:2] + b[:2] + b[4:], *NO_ORDER)
 
 
 @case("manifest_damaged", "bitwright_manifest.json has changed since it was written")

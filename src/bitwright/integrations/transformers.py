@@ -23,22 +23,16 @@ from bitwright.artifact.layout import (
     OuterSpec,
     cache_clips,
     check_version,
-    counted,
-    layer_shapes,
-    outer_shapes,
 )
-from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
+from bitwright.integrations.checks import check_files, check_values
 from bitwright.integrations.lean_forward import use_lean_forward
 from bitwright.integrations.outer import connect_outer, dequantize_outer, place_outer
-from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
-from bitwright.runtime.outer import quantized_outers
 from bitwright.runtime.tiles import STORED
 
 SMALL = 1 << 20  # bytes: norms, permutations, biases
-_EXPONENT = 0x7C00  # of an fp16 number; all ones in NaN and infinity
 
 
 class BitwrightConfig(QuantizationConfigMixin):
@@ -105,7 +99,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
         connect_outer(model)
-        check_scales(model)
+        check_values(model)
         leave_files(model)
         pack_sites(model)
         if self.recipe.kv is not None:
@@ -132,54 +126,6 @@ class BitwrightQuantizer(HfQuantizer):
         dequantize_outer(model, dtype)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         return model
-
-
-def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, OuterSpec]) -> None:
-    """Refuse weight files that lack a tensor of a packed layer, or hold it in another shape or dtype.
-
-    transformers would fill what is missing with whatever memory holds and only warn. Raises ArtifactError.
-    """
-    if not files:
-        return
-    present: dict[str, Any] = {}
-    for file in files:
-        present.update(read_header(Path(file), ArtifactError))
-    for layer, spec in specs.items():
-        if spec.permutation is not None and spec.permutation not in specs:
-            raise ArtifactError(f"layer {layer} has the permutation of {spec.permutation}, which is no packed layer")
-    shapes = [layer_shapes(layer, spec, torch.float32) for layer, spec in specs.items()]
-    shapes += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
-    for expected in shapes:
-        for name, (dtype, shape) in expected.items():
-            where = f"tensor {name} of the artifact in {Path(files[0]).parent}"
-            if name not in present:
-                raise ArtifactError(f"{where} is missing from its weight files; see what `bitwright verify` says")
-            found = present[name]
-            # The sentinel and the bias have the dtype of the original model.
-            as_written = found["dtype"] == DTYPE_NAMES[dtype] or not counted(name)
-            if found["shape"] != list(shape) or not as_written:
-                raise ArtifactError(
-                    f"{where} is {found['dtype']} {found['shape']}; config.json asks for"
-                    f" {DTYPE_NAMES[dtype]} {list(shape)}"
-                )
-
-
-def check_scales(model: nn.Module) -> None:
-    """Refuse scales that are not finite: nothing sensible can come of them. Raises ArtifactError."""
-    stored = [(name, linear.stored()) for name, linear in quantized_linears(model)]
-    stored += [(name, outer.own_tensors()) for name, outer in quantized_outers(model)]
-    for name, tensors in stored:
-        for part, tensor in tensors.items():
-            if tensor.device.type != "meta" and tensor.dtype == torch.float16 and not _finite(tensor):
-                raise ArtifactError(
-                    f"tensor {name}.{part} of the artifact holds NaN or infinite values;"
-                    " see what `bitwright verify` says"
-                )
-
-
-def _finite(halves: torch.Tensor) -> bool:
-    """As isfinite().all(), by the exponents: a tenth of the time."""
-    return int((halves.view(torch.int16) & _EXPONENT).amax()) < _EXPONENT if halves.numel() else True
 
 
 def leave_files(model: nn.Module) -> None:
