@@ -6,7 +6,6 @@ model code is imported, so that it costs nothing before.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
