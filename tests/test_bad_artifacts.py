@@ -131,6 +131,12 @@ shard_case(
     "lacks 1 of",
     "model.layers.0.input_layernorm.weight",
 )
+shard_case(  # transformers would take it for the weights, whatever the index says
+    "artifact_with_two_sets_of_weights",
+    lambda d: shutil.copy(d / SHARD, d / WEIGHTS) and None,
+    "has both model.safetensors and model.safetensors.index.json",
+    "`bitwright verify`",
+)
 shard_case(
     "artifact_with_another_dtype",
     lambda d: support.rewrite_safetensors(d / SHARD, other_dtype),

@@ -15,7 +15,7 @@ from torch import nn
 from bitwright.artifact.layout import LayerSpec, OuterSpec, counted, layer_shapes, outer_shapes
 from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
-from bitwright.models.checkpoint import read_header
+from bitwright.models.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
 from bitwright.runtime import QuantizedLinear, quantized_linears
 from bitwright.runtime.outer import quantized_outers
 
@@ -30,6 +30,12 @@ def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, 
     """
     if not files:
         return
+    directory = Path(files[0]).parent
+    if [Path(file).name for file in files] == [SINGLE_NAME] and (directory / INDEX_NAME).exists():
+        raise ArtifactError(
+            f"{directory} has both {SINGLE_NAME} and {INDEX_NAME}, and transformers reads the first alone; remove the"
+            " one that does not belong to the artifact (`bitwright verify` says which)"
+        )
     present: dict[str, Any] = {}
     for file in files:
         present.update(read_header(Path(file), ArtifactError))
@@ -39,7 +45,7 @@ def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, 
     shapes += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
     for expected in shapes:
         for name, (dtype, shape) in expected.items():
-            where = f"tensor {name} of the artifact in {Path(files[0]).parent}"
+            where = f"tensor {name} of the artifact in {directory}"
             if name not in present:
                 raise ArtifactError(f"{where} is missing from its weight files; see what `bitwright verify` says")
             found = present[name]
