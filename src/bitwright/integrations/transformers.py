@@ -71,6 +71,7 @@ class BitwrightQuantizer(HfQuantizer):
         self.outer = {name: OuterSpec.from_dict(name, data) for name, data in outer.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        refuse_bare(model, self.specs)
         dtype = kwargs.get("dtype") or getattr(model, "dtype", None) or torch.get_default_dtype()
         place_outer(model, self.outer, dtype)
         check_files(kwargs.get("checkpoint_files") or [], self.specs, self.outer)
@@ -125,6 +126,18 @@ class BitwrightQuantizer(HfQuantizer):
         dequantize_outer(model, dtype)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         return model
+
+
+def refuse_bare(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
+    """Refuse a model without its head, by what it is: its modules have other names than the artifact's."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    if any(name in modules or name.removeprefix(prefix) not in modules for name in specs):
+        return
+    raise ArtifactError(
+        f"the artifact is of a language model with its head, and {type(model).__name__} has none; load it with"
+        f" AutoModelForCausalLM.from_pretrained, and take .{prefix[:-1]} of that for hidden states"
+    )
 
 
 def leave_files(model: nn.Module) -> None:
