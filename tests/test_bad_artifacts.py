@@ -85,6 +85,13 @@ artifact_case(
 )
 artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
 artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
+artifact_case(  # its order would be ignored, and the weights be those of other channels
+    "layer_without_the_order_that_is_stored",
+    lambda c: c["layers"]["model.layers.0.self_attn.o_proj"].update(permutation=None),
+    "tensor model.layers.0.self_attn.o_proj.permutation",
+    "config.json does not describe",
+)
+artifact_case("layer_without_the_outliers_that_are_stored", layer(outliers=0), LAYER)
 artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
 artifact_case(
     "layer_that_the_model_has_not",

@@ -18,15 +18,18 @@ from bitwright.errors import ArtifactError
 from bitwright.models.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
 from bitwright.runtime import QuantizedLinear, quantized_linears
 from bitwright.runtime.outer import quantized_outers
+from bitwright.runtime.tiles import STORED
 
+PARTS = (*STORED, "permutation", "bias")  # what a packed linear may store
 _EXPONENT = 0x7C00  # of an fp16 number; all ones in NaN and infinity
 _WHAT_TO_DO = "see what `bitwright verify` says, and quantize again where the files are as they were written"
 
 
 def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, OuterSpec]) -> None:
-    """Refuse weight files that lack a tensor of a packed layer, or hold it in another shape or dtype.
+    """Refuse weight files that lack a tensor of a packed layer, hold it in another shape or dtype, or hold one more.
 
-    transformers would fill what is missing with whatever memory holds and only warn. Raises ArtifactError.
+    transformers would fill what is missing with whatever memory holds, leave what is too much, and only warn. Raises
+    ArtifactError.
     """
     if not files:
         return
@@ -41,9 +44,16 @@ def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, 
         present.update(read_header(Path(file), ArtifactError))
     for layer, spec in specs.items():
         _check_site(layer, spec, specs)
-    shapes = [layer_shapes(layer, spec, torch.float32) for layer, spec in specs.items()]
-    shapes += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
-    for expected in shapes:
+    described = [layer_shapes(layer, spec, torch.float32) for layer, spec in specs.items()]
+    for layer, shapes in zip(specs, described, strict=True):
+        for name in (f"{layer}.{part}" for part in PARTS):
+            if name in present and name not in shapes:
+                raise ArtifactError(
+                    f"tensor {name} of the artifact in {directory} is one that config.json does not describe;"
+                    " config.json is damaged"
+                )
+    described += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
+    for expected in described:
         for name, (dtype, shape) in expected.items():
             where = f"tensor {name} of the artifact in {directory}"
             if name not in present:
