@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 import bitwright
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import QuantizedKVCache, linear, native_blocks
-from bitwright.runtime.decoder import Decoder
+from bitwright.runtime import linear, native_blocks
 from conftest import MODELS
+from lean import block_by_block, counted, steps, without_lean_path
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
@@ -40,49 +39,6 @@ def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
         widths = {"weights.bits": 4, "activations.bits": 8, "activations.balance": "none"}
         return bitwright.load(artifact(name, "rtn", widths))
     return bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
-
-
-@contextmanager
-def without_lean_path(model: Any) -> Iterator[None]:
-    lean = model.model.__dict__.pop("forward")
-    try:
-        yield
-    finally:
-        model.model.forward = lean
-
-
-@contextmanager
-def block_by_block(model: Any) -> Iterator[None]:
-    """Without the native call for all blocks at once."""
-    decoder = model.model._bitwright_decoder
-    assert decoder.served
-    decoder.served = False
-    try:
-        yield
-    finally:
-        decoder.served = True
-
-
-@contextmanager
-def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many tokens each call of the lean path had."""
-    calls: list[int] = []
-    original = Decoder.__call__
-
-    def counting(self: Decoder, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
-        calls.append(len(ids))
-        return original(self, ids, cache)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "__call__", counting)
-        yield calls
-
-
-def steps(model: Any, ids: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Logits of the pieces of `ids`, one after the other into one cache."""
-    cache = quantized_cache(model, recipe_of(model))
-    with torch.inference_mode():
-        return [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(sizes, dim=1)]
 
 
 def test_it_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

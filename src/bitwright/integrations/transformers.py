@@ -29,7 +29,7 @@ from bitwright.artifact.layout import (
 )
 from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
-from bitwright.integrations.lean_forward import use_lean_forward
+from bitwright.integrations.lean_forward import leave_lean_forward, use_lean_forward
 from bitwright.integrations.outer import connect_outer, dequantize_outer, place_outer
 from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
@@ -122,6 +122,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Plain nn.Linear layers with the dequantized weights; activations and cache are no longer quantized."""
+        leave_lean_forward(model)
         for name, linear in list(quantized_linears(model)):
             weights = linear.dequantize()
             plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
