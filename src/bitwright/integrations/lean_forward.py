@@ -129,5 +129,4 @@ def serves(ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, ca
         return False
     if positions is None:
         return True
-    ends = positions[0, [0, -1]].tolist() if positions.shape == (1, tokens) else None
-    return ends == [start, start + tokens - 1]
+    return positions.shape == (1, tokens) and positions[0].tolist() == [*range(start, start + tokens)]
