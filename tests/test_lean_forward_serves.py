@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 
 import bitwright
+import support
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
 from lean import counted, without_lean_path
@@ -42,3 +44,44 @@ def test_positions_that_do_not_follow_each_other(model: Any, odd: list[int], mon
     assert not torch.equal(found, usual)
     with without_lean_path(model):
         assert torch.equal(call(model, position_ids=torch.tensor([odd])).logits, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "slides"),
+    [
+        ("llama", {"sliding_window": 3}, False),
+        ("llama", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}, False),
+        ("mistral", {"sliding_window": 3}, True),
+        ("mistral", {"sliding_window": None}, False),
+        ("qwen2", {"sliding_window": 3, "use_sliding_window": False}, False),
+        ("qwen3", {"sliding_window": 3, "use_sliding_window": True}, False),  # layer_types are all full_attention
+        (
+            "qwen2",
+            {
+                "sliding_window": 3,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            True,
+        ),
+    ],
+)
+def test_a_window_is_where_transformers_has_it(
+    name: str,
+    edit: dict[str, Any],
+    slides: bool,
+    artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = Path(copytree(artifact(name, "bwa"), tmp_path / "edited"))
+    support.edit_json(directory / "config.json", lambda data: data.update({"sliding_window": None} | edit))
+    model, usual = bitwright.load(directory), bitwright.load(artifact(name, "bwa"))
+    with counted(model, monkeypatch) as calls:
+        found = call(model).logits
+    assert calls == [10]
+    with without_lean_path(model):
+        expected = call(model).logits
+    assert (found - expected).norm() / expected.norm() < 2e-2
+    # Windows of the models as they are hold more than these tokens.
+    assert torch.equal(found, call(usual).logits) == (not slides)

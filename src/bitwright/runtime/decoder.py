@@ -108,6 +108,13 @@ class Copies:
             torch.cat(self.sources, out=self.values)
 
 
+def _window(attention: Any, config: Any) -> int:
+    """Tokens that a block's attention sees, 0 for all, from where its class has them: Mistral's from the config, Qwen's
+    by block; Llama's has no window, whatever its config carries."""
+    mistral = type(attention).__name__ == "MistralAttention"
+    return int(getattr(config if mistral else attention, "sliding_window", None) or 0)
+
+
 class Block:
     def __init__(self, layer: Any, config: Any, index: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -121,9 +128,7 @@ class Block:
         self.head_dim, self.scale = attention.head_dim, float(attention.scaling)
         query, key, _ = self.attn_in.parts
         self.query_heads, self.key_heads = ((part.stop - part.start) // self.head_dim for part in (query, key))
-        types = getattr(config, "layer_types", None)
-        slides = types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
-        self.window = int(config.sliding_window) if slides else 0
+        self.window = _window(attention, config)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
