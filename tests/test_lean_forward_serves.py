@@ -85,3 +85,34 @@ def test_a_window_is_where_transformers_has_it(
     assert (found - expected).norm() / expected.norm() < 2e-2
     # Windows of the models as they are hold more than these tokens.
     assert torch.equal(found, call(usual).logits) == (not slides)
+
+
+@pytest.mark.parametrize("key", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("place", ["call", "config"])
+def test_hidden_states_and_attentions_are_given(
+    model: Any, key: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = model.config.num_hidden_layers
+    model.set_attn_implementation("eager")
+    if place == "config":
+        setattr(model.config, key, True)
+    with counted(model, monkeypatch) as calls:
+        found = call(model, **({key: True} if place == "call" else {}))
+        assert calls == []
+        if key == "output_hidden_states":
+            assert len(found.hidden_states) == layers + 1
+        else:
+            assert [part.shape for part in found.attentions] == [(1, 6, 10, 10)] * layers
+        call(model, **{key: False})  # a call's word goes before the config's
+    assert calls == [10]
+
+
+@pytest.mark.parametrize("place", ["call", "config"])
+def test_tuples_are_given_to_who_asks_for_them(model: Any, place: str) -> None:
+    ids, cache = IDS, quantized_cache(model, recipe_of(model))
+    model.config.return_dict = place != "config"
+    more = {"return_dict": False} if place == "call" else {}
+    with torch.inference_mode():
+        found = model.model(ids, past_key_values=cache, use_cache=True, **more)
+    assert isinstance(found, tuple)
+    assert found[0].shape == (1, 10, model.config.hidden_size)

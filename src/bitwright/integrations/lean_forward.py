@@ -86,8 +86,16 @@ def _forward(
 ) -> Any:
     lean: _Lean | None = vars(self).get("_bitwright_lean")
     decoder = None if lean is None or torch.compiler.is_compiling() else lean.current()
-    plain = inputs_embeds is None and not any(kwargs.get(key) for key in ("output_attentions", "output_hidden_states"))
-    served = plain and not self.training and serves(input_ids, attention_mask, position_ids, past_key_values)
+    asked = any(
+        kwargs.get(key, getattr(self.config, key, False)) for key in ("output_attentions", "output_hidden_states")
+    )
+    asked = asked or kwargs.get("return_dict", getattr(self.config, "return_dict", True)) is False
+    served = (
+        inputs_embeds is None
+        and not asked
+        and not self.training
+        and serves(input_ids, attention_mask, position_ids, past_key_values)
+    )
     if served and decoder is not None:
         assert input_ids is not None
         hidden: Any = decoder(input_ids[0], past_key_values).to(self.embed_tokens.weight.dtype).unsqueeze(0)
