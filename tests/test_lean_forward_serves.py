@@ -116,3 +116,55 @@ def test_tuples_are_given_to_who_asks_for_them(model: Any, place: str) -> None:
         found = model.model(ids, past_key_values=cache, use_cache=True, **more)
     assert isinstance(found, tuple)
     assert found[0].shape == (1, 10, model.config.hidden_size)
+
+
+@pytest.fixture
+def half(artifact: Callable[..., Path]) -> Any:
+    return bitwright.load(artifact("mistral", "bwa")).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_logits_have_one_dtype(half: Any, tokens: int) -> None:
+    """The native kernel for few tokens rounds to it what torch's product would."""
+    ids = IDS.repeat(1, 2)[:, :tokens]
+    hidden = torch.randn(1, tokens, half.config.hidden_size).bfloat16()
+    exact = torch.nn.functional.linear(hidden.float(), half.lm_head.weight.float())
+    with torch.inference_mode():
+        for cache in (None, quantized_cache(half, recipe_of(half))):
+            logits = half(ids, past_key_values=cache, use_cache=cache is not None).logits
+            assert logits.dtype == torch.bfloat16
+            assert logits.shape == (1, tokens, half.config.vocab_size)
+        found = half.lm_head(hidden)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_bfloat16_model_compiles_and_exports(half: Any, tokens: int) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = half
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    ids = IDS[:, :tokens]
+    with torch.no_grad():
+        expected = Logits()(ids)
+        compiled = torch.compile(Logits(), fullgraph=True, backend="aot_eager")(ids)
+        exported = torch.export.export(Logits(), (ids,)).module()(ids)
+    for found in (compiled, exported):
+        assert found.dtype == expected.dtype == torch.bfloat16
+        assert (found.float() - expected.float()).norm() / expected.float().norm() < 2e-2
+
+
+def test_a_bfloat16_head_exports_for_any_number_of_tokens(half: Any) -> None:
+    x, tokens = torch.randn(1, 4, half.config.hidden_size).bfloat16(), torch.export.Dim("tokens", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(half.lm_head, (x,), dynamic_shapes=({1: tokens},)).module()
+        for count in (1, 4, 30):
+            x = torch.randn(1, count, half.config.hidden_size).bfloat16()
+            expected = half.lm_head(x).float()
+            assert (exported(x).float() - expected).norm() / expected.norm() < 1e-2

@@ -113,11 +113,15 @@ def _forward(
 
 
 def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
-    """A bfloat16 output head on the native kernel for the few tokens of a decode step."""
-    few = 0 < x.numel() <= 8 * x.shape[-1]
-    weight = self.weight
-    if few and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not torch.is_grad_enabled():
-        return ops.dense_linear_eager(x.float(), weight)
+    """A bfloat16 output head on the native kernel for the few tokens of a decode step.
+
+    Sums are fp32, logits bfloat16 as those of nn.Linear, whatever the number of tokens.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: what is traced must not ask for sizes
+        return nn.Linear.forward(self, x)
+    weight, few = self.weight, 0 < x.numel() <= 8 * x.shape[-1]
+    if few and weight.dtype == x.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        return ops.dense_linear_eager(x.float(), weight).to(x.dtype)
     return nn.Linear.forward(self, x)
 
 
