@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 import bitwright
 from bitwright import native
-from bitwright.runtime import QuantizedKVCache
+from bitwright.runtime import QuantizedKVCache, pack_sites, quantized_linears
 from lean import counted, steps, without_lean_path
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
@@ -176,3 +179,34 @@ def test_a_cast_keeps_the_lean_path(artifact: Callable[..., Path], answer: Calla
     with torch.no_grad():
         bias = next(m.bias for m in model.model.layers.modules() if getattr(m, "bias", None) is not None)
         assert bias.dtype == torch.bfloat16
+
+
+def test_weights_that_were_turned_back_are_told_of_once(model: Any, answer: Callable[..., Tensor]) -> None:
+    before = answer(model, True)
+    site = weakref.ref(model.model._bitwright_lean.current().blocks[0].attn_in)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            loose = answer(model, False)
+    assert [str(one.message) for one in told if "pack_sites" in str(one.message)] == [str(told[0].message)]
+    assert (loose - before).norm() / before.norm() < 0.2, "sums in another order tip a code now and then"
+    gc.collect()
+    assert site() is None, "the tiles of before are let go"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack_sites(model)
+        assert torch.equal(answer(model, True), before)
+
+
+def test_a_linear_that_was_moved_tells_of_it(model: Any) -> None:
+    _, linear = next(quantized_linears(model))
+    x = torch.randn(2, linear.in_features)
+    expected, state = linear(x), linear.state_dict()
+    linear.to("meta").to_empty(device="cpu").load_state_dict(state)
+    with pytest.warns(UserWarning, match="pack_sites"):
+        assert close(linear(x), expected)
+    linear.pack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(linear(x), expected)
