@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import bitwright
+import simulation
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import linear, native_blocks
+from bitwright.runtime import linear, native_blocks, quantized_linears
 from conftest import MODELS
 from lean import block_by_block, counted, steps, without_lean_path
 
@@ -155,3 +156,41 @@ def test_copies_and_changed_weights_are_seen(model: Any, monkeypatch: pytest.Mon
         after = logits(model)
     assert calls == []
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("bwa", {}),
+        ("quarot", {"weights.group": 32}),
+        ("gbs", {"weights.group": 32, "search.iterations": 1}),
+        ("rtn", {"weights.group": 32}),
+    ],
+)
+def test_tiles_are_held_once(preset: str, options: dict[str, Any], artifact: Callable[..., Path]) -> None:
+    """Linears of a site without an order to share are packed one by one; the lean path wants them side by side."""
+    directory = artifact("llama", preset, options)
+    model = bitwright.load(directory)
+    decoder = model.model._bitwright_lean.current()
+    for block, layer in zip(decoder.blocks, model.model.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        for site, members in (
+            (block.attn_in, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.attn_out, (attention.o_proj,)),
+            (block.mlp_in, (mlp.gate_proj, mlp.up_proj)),
+            (block.mlp_out, (mlp.down_proj,)),
+        ):
+            at = site.packed.data_ptr()
+            for member in members:
+                assert member.packed.data_ptr() == at
+                at += member.packed.numel()
+            assert at == site.packed.data_ptr() + site.packed.numel()
+    stored = simulation.stored_matrices(directory)
+    for name, member in quantized_linears(model):
+        parts = member.matrix().tensors()
+        assert all(torch.equal(parts[part], tensor) for part, tensor in stored[name].tensors().items()), name
+    ids = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    (found,) = steps(model, ids, [20])
+    with without_lean_path(model):
+        (expected,) = steps(model, ids, [20])
+    assert (found - expected).norm() / expected.norm() < 2e-2

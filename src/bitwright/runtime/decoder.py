@@ -43,7 +43,8 @@ class Site:
 
     @classmethod
     def of(cls, *linears: QuantizedLinear) -> Site:
-        """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves them."""
+        """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves those that share an order;
+        others are put there, so that nothing is held twice."""
         tensors, parts, biases, row = [], [], [], 0
         for linear in linears:
             assert linear.packed is not None
@@ -57,7 +58,11 @@ class Site:
             row += linear.out_features + padding
         kernel = linears[0].kernel()
         whole = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-        return cls(_joined(tensors), replace(kernel, op=kernel.eager, bias=whole), row, linears[0].in_features, parts)
+        packed = _joined(tensors)
+        if packed.data_ptr() != tensors[0].data_ptr():
+            for linear, tiles in zip(linears, packed.split([tensor.numel() for tensor in tensors]), strict=True):
+                linear.packed = tiles
+        return cls(packed, replace(kernel, op=kernel.eager, bias=whole), row, linears[0].in_features, parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """All outputs fp32 [tokens, rows], the linears' at `parts`."""
