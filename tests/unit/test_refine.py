@@ -121,6 +121,16 @@ def test_near_the_best_of_all() -> None:
     assert np.median(found / (np.array(best) + 1e-9)) < 1.1
 
 
+def test_outlier_columns_stay_where_they_take_no_error() -> None:
+    weights, factor = gaussian(8, 40, seed=5), site(40, 6)
+    recipe = WeightRecipe(group=16, levels="dp", feedback="column", feedback_outliers=False)
+    before = SOLVERS["bwa"](weights, factor, 4, recipe)
+    for refined, same in ((recipe, True), (recipe.model_copy(update={"feedback_outliers": True}), False)):
+        after = SOLVERS["bwa"](weights, factor, 4, refined.model_copy(update={"refine": 2}))
+        assert not torch.equal(after.planes, before.planes)
+        assert torch.equal(after.outliers, before.outliers) == same
+
+
 def test_uniform_levels_are_refused() -> None:
     weights, factor = gaussian(2, 16), site(16, 1)
     matrix = solve_rows(weights, factor, 0, WeightRecipe(group=8, levels="uniform"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
-from bitwright.pipeline.tune import BETAS, EPSILON, adam
+from bitwright.pipeline.tune import BETAS, EPSILON, adam, held_apart
 from bitwright.pipeline.tuned import TunedMatrix, TunedVector
 from bitwright.recipe import TuneRecipe, WeightRecipe
 from bitwright.solvers import SOLVERS, factorize
@@ -35,6 +35,7 @@ def solved(kind: str, bits: int = 2, outliers: int = OUTLIERS, seed: int = 0) ->
 CASES = [
     *[(kind, bits, outliers) for kind in KINDS for bits, outliers in ((2, OUTLIERS), (3, 0))],
     ("free", 1, OUTLIERS),
+    ("symmetric", 1, OUTLIERS),
 ]
 
 
@@ -85,7 +86,8 @@ def smooth(tuned: TunedMatrix, values: dict[str, Tensor]) -> Tensor:
         normal = real[rows, groups, torch.tensor(rank)[codes]]
     else:
         zeros = 2 ** (matrix.bits - 1) if matrix.zeros is None else matrix.zeros.long()[:, groups]
-        normal = real[rows, groups, 0] * (codes - zeros)
+        times = 2 * codes - 1 if (matrix.kind, matrix.bits) == ("symmetric", 1) else codes - zeros
+        normal = real[rows, groups, 0] * times
     if "outliers" not in values:
         return normal
     return torch.cat([normal, values["outliers"] * tuned.outlier_unit], dim=1)
@@ -172,3 +174,10 @@ def test_rates_are_those_of_the_recipe() -> None:
     recipe = TuneRecipe(levels=0.1, outliers=0.2, vectors=0.3, codes=0.4)
     assert TunedMatrix(matrix, weights).rates(recipe) == {"levels": 0.1, "outliers": 0.2, "weights": 0.4}
     assert TunedVector(torch.ones(3), torch.float32).rates(recipe) == {"vector": 0.3}
+
+
+def test_who_judges_does_not_learn() -> None:
+    """The last segments judge, and no learner has a token in common with one, unless hardly any would be left."""
+    # The third overlaps the last one; the second, the fourth and the fifth only touch judges.
+    assert held_apart([0, 95, 190, 300, 500, 400, 195], 100, 2) == ([0, 1, 3, 4], [5, 6], True)
+    assert held_apart([0, 10, 20, 30, 15], 100, 1) == ([0, 1, 2, 3], [4], False)

@@ -31,7 +31,7 @@ def recipe(**changes: Any) -> WeightRecipe:
 def no_factor(columns: int) -> Factor:
     """The method reads none: one full of NaN shows it."""
     nothing = torch.full((columns, columns), torch.nan)
-    return Factor(nothing, nothing[0], torch.ones(columns, dtype=torch.bool), 0.0, None)
+    return Factor(nothing, nothing[0], torch.ones(columns, dtype=torch.bool), 0.0, None, nothing[0])
 
 
 def noise(weights: Tensor, found: Tensor) -> float:

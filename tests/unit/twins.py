@@ -153,11 +153,13 @@ def search(weights: Sequence[float], importance: Sequence[float], recipe: Weight
 
 
 def damped(hessian: Tensor, share: float) -> np.ndarray:
-    """Hd in float64, dead inputs with 1 on the diagonal."""
+    """Hd in float64: dead inputs with the mean of the others on the diagonal, enormous ones damped by their own."""
     h = hessian.double().numpy().copy()
     diagonal = np.einsum("ii->i", h)
-    diagonal[diagonal <= 0] = 1.0
-    return h + share * diagonal.mean() * np.eye(len(h))
+    live = diagonal[diagonal > 0]
+    mean = live.mean() if len(live) else 1.0
+    diagonal[diagonal <= 0] = mean
+    return h + share * np.diag(np.maximum(mean, diagonal / 1000))
 
 
 def importance_of(hd: np.ndarray, kind: str) -> np.ndarray:
@@ -179,7 +181,7 @@ def solve(weights: Tensor, hessian: Tensor, outliers: int, recipe: WeightRecipe)
     """
     dead = hessian.diagonal().numpy() <= 0
     hd = damped(hessian, recipe.damping)
-    h = importance_of(hd, recipe.importance)
+    h = np.where(dead, 1e-4, 1.0) * importance_of(hd, recipe.importance)
     work = weights.double().numpy().copy()
     work[:, dead] = 0.0
     rows, columns = work.shape

@@ -9,6 +9,7 @@ from bitwright.calibration.streams import Stream as Stream
 from bitwright.calibration.text import Text as Text
 from bitwright.calibration.text import consecutive_windows as consecutive_windows
 from bitwright.calibration.text import load_tokenizer as load_tokenizer
+from bitwright.calibration.text import random_starts as random_starts
 from bitwright.calibration.text import random_windows as random_windows
 from bitwright.calibration.text import read_text as read_text
 from bitwright.calibration.text import text_of as text_of

@@ -148,9 +148,13 @@ def random_windows(tokens: Tensor, sequences: int, length: int, seed: int, text:
     """`sequences` random segments, int64 [sequences, length] (GPTQ's calibration protocol)."""
     if len(tokens) < length:
         raise _too_short(text, len(tokens), length, "calibration.length")
+    return torch.stack([tokens[at : at + length] for at in random_starts(len(tokens), sequences, length, seed)])
+
+
+def random_starts(tokens: int, sequences: int, length: int, seed: int) -> list[int]:
+    """Where the segments of `random_windows` begin; some may overlap."""
     generator = random.Random(seed)
-    starts = [generator.randint(0, len(tokens) - length) for _ in range(sequences)]
-    return torch.stack([tokens[start : start + length] for start in starts])
+    return [generator.randint(0, tokens - length) for _ in range(sequences)]
 
 
 def consecutive_windows(tokens: Tensor, length: int, limit: int | None, text: Text, option: str = "--window") -> Tensor:

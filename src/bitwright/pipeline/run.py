@@ -15,7 +15,15 @@ from torch import Tensor
 import bitwright
 from bitwright.artifact.manifest import read_manifest
 from bitwright.artifact.shards import write_shard, write_text
-from bitwright.calibration import Stream, Text, consecutive_windows, load_tokenizer, random_windows, tokenize
+from bitwright.calibration import (
+    Stream,
+    Text,
+    consecutive_windows,
+    load_tokenizer,
+    random_starts,
+    random_windows,
+    tokenize,
+)
 from bitwright.errors import BitwrightError, RunError
 from bitwright.models import Checkpoint, Skeleton
 from bitwright.models.checkpoint import sha256_file
@@ -119,6 +127,7 @@ class _Run:
         tokens = tokenize(tokenizer, calibration, text_config.vocab_size)
         asked, length = recipe.calibration, self.plan.length
         self.windows = random_windows(tokens, asked.sequences, length, asked.seed, calibration)
+        self.starts = random_starts(len(tokens), asked.sequences, length, asked.seed)
         self.searching = Searching(recipe, tokens, length, calibration)
         self.probes = 0
         if evaluation is not None:
@@ -316,10 +325,16 @@ class _Run:
             self.directory.path,
             self._stream(state, "entry"),
             self._stream(state, "full"),
+            self.starts,
             calls,
             workers,
             self.reporter.advance,
         )
+        if not tuner.apart:
+            self.reporter.note(
+                f"{self.calibration.name} is short for {len(self.starts)} segments of {self.plan.length} tokens: those"
+                " that judge the tuning overlap those that it learns from; more text judges better"
+            )
         intervals = -(-recipe.steps // recipe.interval)
         progress = Progress(**state.tuning) if state.tuning else None
         self.reporter.begin_tuning(intervals, len(progress.losses) - 1 if progress else 0)

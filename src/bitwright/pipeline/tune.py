@@ -74,8 +74,21 @@ def solved_name(block: int) -> str:
     return f"solved-{block + 1:05d}.safetensors"
 
 
+def held_apart(starts: Sequence[int], length: int, held: int) -> tuple[list[int], list[int], bool]:
+    """(learners, judges, whether they share no text) of segments that begin at these tokens: the last `held` judge, and
+    those that overlap them do not learn, unless that would leave less than half."""
+    judges = list(range(len(starts) - held, len(starts)))
+    rest = list(range(len(starts) - held))
+    apart = [i for i in rest if all(abs(starts[i] - starts[judge]) >= length for judge in judges)]
+    return (apart, judges, True) if 2 * len(apart) >= len(rest) else (rest, judges, False)
+
+
 class Tuner:
-    """The tuning of one run. `source` and `full`: streams before the first block, quantized, and after the last one."""
+    """The tuning of one run.
+
+    source, full  streams before the first block, quantized, and after the last one
+    starts        where the calibration segments begin in the text
+    """
 
     def __init__(
         self,
@@ -84,6 +97,7 @@ class Tuner:
         directory: Path,
         source: Stream,
         full: Stream,
+        starts: Sequence[int],
         calls: Sequence[dict[str, Any]],
         workers: Workers,
         advance: Callable[[float], None],
@@ -92,10 +106,8 @@ class Tuner:
         self.model, self.plan, self.directory, self.workers = model, plan, directory, workers
         self.recipe, self.skeleton = plan.recipe.tune, model.skeleton
         self.source, self.full, self.advance = source, full, advance
-        sequences = plan.recipe.calibration.sequences
-        held = max(1, round(self.recipe.held_back * sequences))
-        self.judges = list(range(sequences - held, sequences))
-        self.learners = list(range(sequences - held))
+        held = max(1, round(self.recipe.held_back * len(starts)))
+        self.learners, self.judges, self.apart = held_apart(starts, plan.length, held)
         self.depth = len(self.skeleton.blocks)
         with torch.inference_mode(False):
             self.calls = [plain(call) for call in calls]

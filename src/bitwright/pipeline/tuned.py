@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitwright.codebook import CodebookMatrix, code_of_rank, group_count, select_levels
+from bitwright.codebook import CodebookMatrix, code_of_rank, group_count, select_levels, symmetric_levels
 from bitwright.packing import pack_planes
 from bitwright.recipe import TuneRecipe
 from bitwright.solvers.feedback import quantize_outlier_columns
@@ -90,9 +90,10 @@ class TunedMatrix:
             self.values["levels"] = levels[..., order] / self.unit
         else:
             self.unit = matrix.scales.float().unsqueeze(-1)
-            self.offsets = self.codes.float() - (
-                2.0 ** (matrix.bits - 1) if matrix.zeros is None else matrix.zeros.float().unsqueeze(-1)
-            )
+            if matrix.zeros is None:
+                self.offsets = symmetric_levels(matrix.bits).float()[self.codes.long()]
+            else:
+                self.offsets = self.codes.float() - matrix.zeros.float().unsqueeze(-1)
             self.values["levels"] = torch.ones_like(self.unit)
         if matrix.outliers is not None:
             assert matrix.outlier_scales is not None

@@ -64,7 +64,7 @@ def _solve_rows(
         feedback_outliers=feedback_outliers,
     )
     require_float32(weights=weights, upper=upper, importance=importance)
-    factor = Factor(upper, importance, dead, damping=0.0, rescue=None)
+    factor = Factor(upper, importance, dead, damping=0.0, rescue=None, shift=torch.zeros(len(dead)))
     native.check_rows(weights, factor, outliers)
     tensors = loop.solve_rows(weights, factor, outliers, recipe).tensors()
     return tuple(tensors.get(name, torch.empty(shape, dtype=dtype)) for name, (dtype, shape) in SOLVED.items())

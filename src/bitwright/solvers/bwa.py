@@ -23,4 +23,4 @@ def solve(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) 
     if factor.hessian is None:
         raise ValueError("refinement needs the damped Hessian in its factor")
     alive = weights.masked_fill(factor.dead, 0.0)
-    return refine(alive, matrix, factor.hessian, recipe.refine)
+    return refine(alive, matrix, factor.hessian, recipe.refine, outliers_too=recipe.feedback_outliers)

@@ -12,6 +12,11 @@ from bitwright.solvers import native
 
 Importance = Literal["none", "hessian", "inverse", "conditional"]
 DAMPING_STEPS = 4
+# A channel is damped by at least this part of what it would be if all were like it: inputs of enormous energy that
+# spike together are else the same number to fp32.
+OWN_SHARE = 1e-3
+# What a dead input's weights, all zero, count in the level search beside those of live ones.
+DEAD_IMPORTANCE = 1e-4
 # Columns that output_error multiplies together.
 SUM_BLOCK = 512
 
@@ -26,7 +31,7 @@ class Factor:
     damping     the share of the mean diagonal that was added in the end
     rescue      None, or what had to be done beyond the recipe, in words
     hessian     Hd, damped, fp32 [columns, columns], where it was asked for
-    shift       what was added to the diagonal of H
+    shift       fp32 [columns], what was added to the diagonal of H
     """
 
     upper: Tensor
@@ -34,8 +39,9 @@ class Factor:
     dead: Tensor
     damping: float
     rescue: str | None
+    shift: Tensor
     hessian: Tensor | None = None
-    shift: float = 0.0
+    diagonal_only: bool = False
 
 
 def factorize(
@@ -49,36 +55,40 @@ def factorize(
 ) -> Factor:
     """H fp32 [columns, columns], symmetric, in site order -> its Factor.
 
-    Dead inputs (H_ii = 0) get H_ii = 1. Tried in turn: fp32, fp64, damping times 10 up to four times, and at last the
-    diagonal alone, which makes feedback vanish but never fails. `threads` (torch's number unless said) is for the
-    native code, whose result does not depend on it. `keep_hessian` for refinement and asymmetric targets. `damping` is
-    a share of the mean diagonal over the first `over` columns, all unless said.
+    `damping` is a share of the mean diagonal over the live ones of the first `over` columns, all unless said, and of a
+    thousandth of a column's own diagonal where that is more. Dead inputs (H_ii = 0) get that mean as H_ii. Tried in
+    turn: fp32, fp64, damping times 10 up to three times, and at last the diagonal alone, which makes feedback vanish
+    but never fails. `threads` (torch's number unless said) is for the native code, whose result does not depend on it.
+    `keep_hessian` for refinement and asymmetric targets.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
+    dead = hessian.diagonal() <= 0
+    counted = hessian.diagonal()[:over][~dead[:over]]
+    mean = float(counted.double().mean()) if len(counted) else 1.0
     alive = hessian.clone()
-    alive.diagonal()[dead] = 1.0
-    mean = float(alive.diagonal()[:over].double().mean())
+    alive.diagonal()[dead] = mean
+    diagonal = alive.diagonal().clone()
+    more = (OWN_SHARE * diagonal - mean).clamp_min(0.0)
     share = damping
     for step in range(DAMPING_STEPS):
+        alive.diagonal().copy_(diagonal + share * more)
         for dtype in (torch.float32, torch.float64):
             upper = _upper_factor(alive, share * mean, dtype, threads)
             if upper is not None:
                 words = [f"damping raised from {damping:g} to {share:g}"] if step else []
                 words += ["factorized in float64"] if dtype == torch.float64 else []
-                weight = _importance(alive, share * mean, upper, importance)
-                damped = _damped(alive, share * mean) if keep_hessian else None
-                return Factor(upper, weight, dead, share, ", ".join(words) or None, damped, share * mean)
+                weight = _importance(alive.diagonal() + share * mean, upper, importance, dead)
+                damped = None
+                if keep_hessian:
+                    alive.diagonal().add_(share * mean)
+                    damped = alive
+                return Factor(upper, weight, dead, share, ", ".join(words) or None, share * (mean + more), damped)
         share *= 10
-    upper = torch.diag((alive.diagonal() + damping * mean).rsqrt())
-    weight = _importance(alive, damping * mean, upper, importance)
-    only = torch.diag(alive.diagonal() + damping * mean) if keep_hessian else None
-    return Factor(upper, weight, dead, damping, "Hessian not positive definite: diagonal only", only, damping * mean)
-
-
-def _damped(hessian: Tensor, shift: float) -> Tensor:
-    hessian.diagonal().add_(shift)
-    return hessian
+    shift = damping * (mean + more)
+    upper = torch.diag((diagonal + shift).rsqrt())
+    weight = _importance(diagonal + shift, upper, importance, dead)
+    only = torch.diag(diagonal + shift) if keep_hessian else None
+    rescue = "Hessian not positive definite: diagonal only"
+    return Factor(upper, weight, dead, damping, rescue, shift, only, diagonal_only=True)
 
 
 def _upper_factor(hessian: Tensor, shift: float, dtype: torch.dtype, threads: int | None) -> Tensor | None:
@@ -105,15 +115,17 @@ def upper_factor_reference(hessian: Tensor, shift: float, dtype: torch.dtype) ->
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
 
 
-def _importance(hessian: Tensor, shift: float, upper: Tensor, kind: Importance) -> Tensor:
-    """h_i = 1, Hd_ii, 1 / P_ii or 1 / U_ii^2 (erratum E6)."""
+def _importance(diagonal: Tensor, upper: Tensor, kind: Importance, dead: Tensor) -> Tensor:
+    """h_i = 1, Hd_ii, 1 / P_ii or 1 / U_ii^2 (erratum E6), next to nothing where weights are zeros that do nothing."""
     if kind == "none":
-        return torch.ones(hessian.shape[0])
-    if kind == "hessian":
-        return hessian.diagonal() + shift
-    if kind == "inverse":
-        return 1.0 / (upper * upper).sum(dim=0)
-    return 1.0 / upper.diagonal().square()
+        found = torch.ones_like(diagonal)
+    elif kind == "hessian":
+        found = diagonal.clone()
+    elif kind == "inverse":
+        found = 1.0 / (upper * upper).sum(dim=0)
+    else:
+        found = 1.0 / upper.diagonal().square()
+    return torch.where(dead, DEAD_IMPORTANCE * found, found)
 
 
 def input_drift(cross: Tensor, factor: Factor) -> Tensor:
@@ -123,6 +135,8 @@ def input_drift(cross: Tensor, factor: Factor) -> Tensor:
     """
     if factor.hessian is None:
         raise ValueError("an asymmetric target needs the damped Hessian in its factor")
+    if factor.diagonal_only:  # a difference from the diagonal alone would be no drift
+        return torch.zeros_like(cross)
     drift = cross - factor.hessian
     drift.diagonal().add_(factor.shift)
     return drift
@@ -142,7 +156,10 @@ def residual_correction(strayed: Tensor, factor: Factor, share: float) -> Tensor
 
     C = E (X^T X + d I)^-1 minimises |(R_full - R) - X C^T|^2 + d |C|^2, `strayed` E = (R_full - R)^T X fp32 [rows,
     columns], R the stream that the outputs are added to: the closed form of the asymmetric target with another aim.
+    Nothing where the factor is of the diagonal alone: each channel would make up for all.
     """
+    if factor.diagonal_only:
+        return torch.zeros_like(strayed)
     return share * (strayed @ factor.upper.T @ factor.upper)
 
 

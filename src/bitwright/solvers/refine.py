@@ -23,11 +23,14 @@ from bitwright.solvers.levels import GridLevels, nearest, snap
 RIDGE = 1e-6  # of the mean diagonal of the normal equations: a level without weights keeps its place
 
 
-def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int) -> CodebookMatrix:
+def refine(
+    weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int, *, outliers_too: bool = True
+) -> CodebookMatrix:
     """A matrix with free levels whose loss tr((W - Q) H (W - Q)^T) is at most that of `matrix`.
 
     weights fp32 [rows, columns] in site order, hessian fp32 [columns, columns], damped; `rounds` passes over all blocks
-    of a row. Outlier columns are solved for and rounded last in each pass.
+    of a row. Outlier columns are solved for and rounded last in each pass, or with `outliers_too` false stay as they
+    are (erratum E5).
     """
     if matrix.kind != "free" or matrix.levels is None or matrix.scales is None:
         raise ValueError(f"only free levels can be refitted; found kind {matrix.kind!r}")
@@ -41,7 +44,7 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
     outliers, outlier_scales = matrix.outliers, matrix.outlier_scales
     error = weights - matrix.dequantize_site_order()
     blocks = [slice(start, min(start + group, normal)) for start in range(0, normal, group)]
-    factors = [torch.linalg.cholesky(hessian[block, block]) for block in (*blocks, slice(normal, None))]
+    factors = [_factor(hessian[block, block]) for block in (*blocks, slice(normal, None))]
     for _ in range(rounds):
         for index, block in enumerate(blocks):
             square = hessian[block, block]
@@ -50,7 +53,7 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
             grid, block_ranks = improve(target, square, grid, ranks[:, block])
             integers[:, index], scales[:, index], ranks[:, block] = grid.integers, grid.scale, block_ranks
             error[:, block] = weights[:, block] - grid.values().gather(1, block_ranks)
-        if outliers is not None and outlier_scales is not None:
+        if outliers_too and outliers is not None and outlier_scales is not None:
             block = slice(normal, matrix.columns)
             target = _target(weights, error, hessian, block, factors[-1])
             now = outliers.float() * outlier_scales.float().unsqueeze(1)
@@ -67,6 +70,20 @@ def refine(weights: Tensor, matrix: CodebookMatrix, hessian: Tensor, rounds: int
     return dataclasses.replace(
         matrix, planes=planes, levels=by_code, scales=scales, outliers=outliers, outlier_scales=outlier_scales
     )
+
+
+def _factor(square: Tensor) -> Tensor:
+    """L of H_bb = L L^T. Inputs that fp32 cannot tell apart need more of a ridge than all together were damped by."""
+    lower, failed = torch.linalg.cholesky_ex(square)
+    ridge = RIDGE
+    while int(failed) or not bool(torch.isfinite(lower).all()):
+        wide = square.double()
+        wide.diagonal().add_(ridge * wide.diagonal())
+        lower, failed = torch.linalg.cholesky_ex(wide)
+        lower, ridge = lower.float(), 10 * ridge
+        if ridge > 1e3:
+            raise ValueError("a block of the Hessian is not finite")
+    return lower
 
 
 def _target(weights: Tensor, error: Tensor, hessian: Tensor, block: slice, factor: Tensor) -> Tensor:
