@@ -140,7 +140,7 @@ def load(directory: str) -> dict[str, Any]:
     seconds["import"] = time.perf_counter() - began
     transformers.utils.logging.disable_progress_bar()
     imported = memory()
-    for name in ("check_files", "check_scales", "pack_sites", "use_lean_forward"):
+    for name in ("check_files", "check_values", "pack_sites", "use_lean_forward"):
         setattr(integration, name, timed(getattr(integration, name), seconds, name))
     began = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)

@@ -5,7 +5,9 @@ Every case goes through the command line. Where a command writes, the output dir
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -15,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bitwright
 import support
 from bitwright import codebook
+from bitwright.errors import BitwrightError
+from bitwright.evaluation import load
 from refusals import INDEX, WEIGHTS, Arguments, Case, Cases, Ground, check_case, check_refusal
 
 case = Cases()
@@ -54,6 +59,25 @@ artifact_case("layer_without_a_key", lambda c: c["layers"][LAYER].pop("group"), 
 artifact_case("layer_is_null", lambda c: c["layers"].update({LAYER: None}), f"layer {LAYER} by None")
 artifact_case("layer_with_words_for_numbers", layer(rows="72"), LAYER, "rows = '72'")
 artifact_case("layer_with_group_0", layer(group=0), LAYER, "group = 0")
+artifact_case("layer_with_group_12", layer(group=12), LAYER, "group = 12", "multiple of 8")
+artifact_case("layer_with_a_group_wider_than_all", layer(group=1 << 40), LAYER, "group = 1099511627776", "4096")
+artifact_case("layer_of_9_bits", layer(bits=9), LAYER, "bits = 9", "from 1 to 8")
+artifact_case("layer_with_outliers_below_0", layer(outliers=-4), LAYER, "outliers = -4")
+artifact_case("layer_with_a_wide_transform", layer(hadamard=1 << 40, stride=2), LAYER, "hadamard = 1099511627776")
+artifact_case(
+    "layer_with_another_group_than_its_site",
+    lambda c: c["layers"]["model.layers.0.self_attn.k_proj"].update(group=120),
+    "model.layers.0.self_attn.k_proj",
+    f"the permutation of {LAYER} and not its group: 120 and 128",
+)
+artifact_case(
+    "layer_with_the_order_of_another_site", layer(permutation="model.layers.0.mlp.down_proj"), LAYER, "not its columns"
+)
+artifact_case(
+    "layer_with_the_order_of_a_follower",
+    layer(permutation="model.layers.0.self_attn.k_proj"),
+    "model.layers.0.self_attn.k_proj, which has none of its own",
+)
 artifact_case("layer_of_other_shape", layer(rows=80), f"{LAYER}.codes", "[2, 72, 7]", "[2, 80, 7]")
 artifact_case("layer_of_all_outliers", layer(outliers=72), LAYER, "outliers = 72 of 72")
 artifact_case(
@@ -61,6 +85,13 @@ artifact_case(
 )
 artifact_case("layer_of_unknown_kind", layer(kind="trellis"), LAYER, "kind 'trellis'", ", ".join(codebook.KINDS))
 artifact_case("layer_with_a_lost_permutation", layer(permutation="elsewhere"), LAYER, "permutation of elsewhere")
+artifact_case(  # its order would be ignored, and the weights be those of other channels
+    "layer_without_the_order_that_is_stored",
+    lambda c: c["layers"]["model.layers.0.self_attn.o_proj"].update(permutation=None),
+    "tensor model.layers.0.self_attn.o_proj.permutation",
+    "config.json does not describe",
+)
+artifact_case("layer_without_the_outliers_that_are_stored", layer(outliers=0), LAYER)
 artifact_case("layer_removed", lambda c: c["layers"].pop("model.layers.1.mlp.up_proj"), "model.layers.1.mlp.up_proj")
 artifact_case(
     "layer_that_the_model_has_not",
@@ -107,6 +138,12 @@ shard_case(
     "lacks 1 of",
     "model.layers.0.input_layernorm.weight",
 )
+shard_case(  # transformers would take it for the weights, whatever the index says
+    "artifact_with_two_sets_of_weights",
+    lambda d: shutil.copy(d / SHARD, d / WEIGHTS) and None,
+    "has both model.safetensors and model.safetensors.index.json",
+    "`bitwright verify`",
+)
 shard_case(
     "artifact_with_another_dtype",
     lambda d: support.rewrite_safetensors(d / SHARD, other_dtype),
@@ -114,6 +151,23 @@ shard_case(
     "BF16",
     "F16",
 )
+
+
+def grids(ground: Ground) -> Path:
+    """An artifact with zero points, to damage."""
+    made = ground.artifact("llama", "gptq", {"weights.bits": 2})
+    return Path(shutil.copytree(made, ground.tmp / "artifact"))
+
+
+@case("zero_point_that_is_no_code", f"tensor {LAYER}.zeros", "holds 200; zero points of 2-bit codes are 0 to 3")
+def _(ground: Ground) -> Arguments:
+    def change(entries: dict[str, Any]) -> None:
+        dtype, shape, raw = entries[f"{LAYER}.zeros"]
+        entries[f"{LAYER}.zeros"] = (dtype, shape, raw[:-1] + b"\xc8")
+
+    directory = grids(ground)
+    support.rewrite_safetensors(directory / SHARD, change)
+    return ground.generate(directory)
 
 
 def other_config(name: str, change: Callable[[dict[str, Any]], Any], *words: str) -> None:
@@ -136,17 +190,26 @@ other_config(
 other_config("artifact_without_quantization", lambda c: c.pop("quantization_config"), "down_proj.weight", "shape [0]")
 
 
-def nan_scale(entries: dict[str, Any]) -> None:
-    dtype, shape, raw = entries[f"{LAYER}.scales"]
-    entries[f"{LAYER}.scales"] = (dtype, shape, b"\xff\xff" + raw[2:])
+def values_case(name: str, part: str, change: Callable[[bytes], bytes], *words: str) -> None:
+    """A case: other bytes in a tensor of the packed linear LAYER, of the same shape and dtype."""
+
+    def rewrite(entries: dict[str, Any]) -> None:
+        dtype, shape, raw = entries[f"{LAYER}.{part}"]
+        entries[f"{LAYER}.{part}"] = (dtype, shape, change(raw))
+
+    def damage(directory: Path) -> None:
+        support.rewrite_safetensors(directory / SHARD, rewrite)
+
+    shard_case(name, damage, f"tensor {LAYER}.{part}", *words)
 
 
-shard_case(
-    "artifact_with_a_scale_that_is_nan",
-    lambda d: support.rewrite_safetensors(d / SHARD, nan_scale),
-    f"tensor {LAYER}.scales",
-    "NaN or infinite values",
-)
+values_case("artifact_with_a_scale_that_is_nan", "scales", lambda b: b"\xff\xff" + b[2:], "NaN or infinite values")
+# Native code takes an order for what it is: beyond the columns it would read what is not the model's.
+NO_ORDER = ("is no order of the 72 columns", "`bitwright verify`")
+values_case("permutation_beyond_the_columns", "permutation", lambda b: b"\xff" * len(b), *NO_ORDER)
+values_case("permutation_one_beyond", "permutation", lambda b: b.replace(b"\x47\x00", b"\x48\x00"), *NO_ORDER)
+values_case("permutation_of_one_channel", "permutation", lambda b: bytes(len(b)), *NO_ORDER)
+values_case("permutation_with_a_double", "permutation", lambda b: b[:2] + b[:2] + b[4:], *NO_ORDER)
 
 
 @case("manifest_damaged", "bitwright_manifest.json has changed since it was written")
@@ -161,6 +224,43 @@ def _(ground: Ground) -> Arguments:
     directory = ground.quantized()
     (directory / "bitwright_manifest.json").write_text("")
     return ["verify", directory]
+
+
+NUMBERS = (-(1 << 63), -1, 0, 1, 2, 3, 7, 12, 63, 64, 71, 72, 73, 120, 1 << 31, 1 << 63, 1 << 80)
+WORDS = (None, True, "72", 1.5, [2], {}, "free", "uniform", "symmetric", "shared", "salient", LAYER)
+
+
+def _said_or_logits(directory: Path) -> tuple[str, torch.Tensor]:
+    """What an artifact is refused with, or its logits for some tokens."""
+    try:
+        model = load(directory)
+    except BitwrightError as problem:
+        return str(problem), torch.zeros(0)
+    with torch.no_grad():
+        return "", model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+@pytest.mark.parametrize("balance", ["none", "support"])
+def test_no_number_of_a_header_reaches_native_code(balance: str, ground: Ground) -> None:
+    """Whatever one key of one linear says, an artifact is refused by the name of a linear, or loads and runs."""
+    directory = Path(
+        shutil.copytree(ground.artifact("llama", "bwa", {"activations.balance": balance}), ground.tmp / "artifact")
+    )
+    written = (directory / "config.json").read_text()
+    rng, refused = random.Random(1), 0
+    for change in range(60):
+        config = json.loads(written)
+        layers = config["quantization_config"]["layers"]
+        name = rng.choice(sorted(layers))
+        key = rng.choice([*layers[name], "hadamard", "stride", "clip"])
+        layers[name][key] = rng.choice(NUMBERS if change % 3 else WORDS)
+        (directory / "config.json").write_text(json.dumps(config))
+        message, logits = _said_or_logits(directory)
+        refused += bool(message)
+        assert "\n" not in message
+        assert name.rpartition(".")[0] in message or not message, (name, layers[name], message)
+        assert bool(torch.isfinite(logits).all()), (name, layers[name])
+    assert refused > 30
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------

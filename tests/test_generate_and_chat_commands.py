@@ -89,6 +89,33 @@ def test_chat_without_a_template(artifact: Callable[..., Path]) -> None:
     assert outcome.out.strip("\n") == answer(directory, "Ba ren.", special=True).strip("\n")
 
 
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + support.CHAT_TEMPLATE
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (STRICT, "System role not supported"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+    ],
+)
+def test_a_template_that_refuses(template: str, said: str, artifact_copy: Path) -> None:
+    """In one line, with what the template says and what may be done."""
+    (artifact_copy / "chat_template.jinja").write_text(template)
+    outcome = chat(artifact_copy, "Ba ren.\n", "--system", "Sha kur.")
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    assert f"chat template of {artifact_copy} " in outcome.message
+    assert said in outcome.message
+    assert "without --system" in outcome.message
+    if template == STRICT:
+        assert chat(artifact_copy, "Ba ren.\n").code == 0
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "/exit\n", "  \n"])
 def test_chat_ends(ending: str, artifact: Callable[..., Path]) -> None:
     outcome = chat(artifact("mistral"), ending)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import bitwright
 import simulation
 import support
 from bitwright import native
 from bitwright.calibration import read_text
+from bitwright.errors import ArtifactError
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, quantized_linears
 from conftest import MODELS
 
@@ -254,6 +255,14 @@ def test_with_the_import_loading_works(artifact: Callable[..., Path]) -> None:
         artifact("llama"),
     )
     assert (ran.returncode, ran.stdout.strip()) == (0, "14"), ran.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"outer.embedding": 8, "outer.head": 8}], ids=["plain", "outer"])
+def test_without_its_head_it_is_refused_by_that(options: dict[str, Any], artifact: Callable[..., Path]) -> None:
+    """AutoModel has other names for the blocks: that is said, and not that the artifact is of another model."""
+    with pytest.raises(ArtifactError, match=r"LlamaModel has none; load it with AutoModelForCausalLM") as refused:
+        AutoModel.from_pretrained(artifact("llama", "bwa", options))
+    assert "another model" not in str(refused.value)
 
 
 def test_import_is_light() -> None:

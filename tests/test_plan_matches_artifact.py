@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 import bitwright
 import support
@@ -243,3 +245,17 @@ def test_tensors_that_the_model_does_not_have_are_named(
     assert outcome.code == 0
     assert "1 tensors of the files are left out" in outcome.out
     assert rotary in outcome.out
+
+
+def test_memory_of_merging_from_single_entries_is_planned(tmp_path: Path) -> None:
+    """Greedy WGM takes some hundred bytes a weight of the matrices that are solved at the same time."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 300}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64)
+    model = support.save_model(tmp_path / "model", config, torch.bfloat16, 1)
+
+    def peak(levels: str, threads: int) -> int:
+        recipe = bitwright.preset("wgm").with_options({"weights.levels": levels, "calibration.length": 8})
+        return bitwright.plan(model, recipe, threads=threads).peak_memory
+
+    for threads in (1, 2):
+        assert peak("greedy", threads) - peak("windowed", threads) > threads * 100 * 256 * 512

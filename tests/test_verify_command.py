@@ -53,6 +53,44 @@ def test_flipped_bit_names_the_tensor(artifact_copy: Path) -> None:
     assert bitwright.verify(artifact_copy) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "adapter_config.json",
+        "processor_config.json",
+        "pytorch_model.bin",
+        "modeling_llama.py",
+        "other.jinja",
+        "additional_chat_templates/tool.jinja",
+        "tokenizer.model",
+        "vocab.txt",
+    ],
+)
+def test_a_file_that_was_added_is_found(name: str, artifact: Callable[..., Path], artifact_copy: Path) -> None:
+    """Every byte that was written is as it was; what transformers would read is not."""
+    assert name not in support.tree(artifact())
+    path = artifact_copy / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((artifact_copy / SHARD).read_bytes())
+    (problem,) = bitwright.verify(artifact_copy)
+    assert (problem.file, problem.kind) == (name, "unknown")
+    outcome = support.run_cli("verify", artifact_copy)
+    assert outcome.code == 1
+    assert outcome.out.startswith(f"unknown: {name}: ")
+    path.unlink()
+    assert bitwright.verify(artifact_copy) == []
+
+
+def test_what_nobody_reads_may_be_added(artifact_copy: Path) -> None:
+    (artifact_copy / "notes.txt").write_text("mine")
+    (artifact_copy / "LICENSE").write_text("theirs")
+    (artifact_copy / "figures").mkdir()
+    (artifact_copy / "figures" / "sizes.json").write_text("{}")
+    (artifact_copy / ".git").mkdir()
+    assert bitwright.verify(artifact_copy) == []
+
+
 def test_two_damaged_tensors_are_both_named(artifact_copy: Path) -> None:
     path = artifact_copy / SHARD
     start = data_start(path)

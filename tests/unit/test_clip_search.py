@@ -107,3 +107,29 @@ def test_one_is_tried_and_kept_where_nothing_is_better(method: str) -> None:
 def test_what_is_no_number_is_not_taken(method: str) -> None:
     found = search(method, lambda ratio: ratio if ratio > 0.85 else math.nan, 6)
     assert not math.isnan(found.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [0.9, 0.97])
+def test_what_is_no_number_is_worse_than_any(method: str, at: float) -> None:
+    """NaN in the middle, where GBS begins, and below: the valley beside it is found as if there were infinity."""
+
+    def broken(ratio: float, value: float) -> float:
+        return value if ratio <= 0.5 else (ratio - at) ** 2
+
+    found, expected = (search(method, lambda ratio, bad=bad: broken(ratio, bad), 12) for bad in (math.nan, math.inf))
+    assert math.isfinite(found.value)
+    assert (found.ratio, found.value, found.bracket) == (expected.ratio, expected.value, expected.bracket)
+    assert [ratio for ratio, _ in found.tried] == [ratio for ratio, _ in expected.tried]
+    assert found.ratio == pytest.approx(at, abs=0.03)
+
+
+def test_a_golden_section_leaves_what_is_no_number() -> None:
+    """Right of the valley, too."""
+    found = golden_section(lambda ratio: math.nan if ratio > 0.5 else (ratio - 0.4) ** 2, 12)
+    assert found.ratio == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_there_is_no_number_at_all_none_is_found(method: str) -> None:
+    assert not math.isfinite(search(method, lambda _: math.nan, 5).value)

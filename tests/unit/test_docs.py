@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert there.exists(), target
         if anchor:
             assert anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("name", ["test_reference_training.py"])
+def test_a_source_distribution_can_read_its_tests(name: str, tmp_path: Path) -> None:
+    """It has no bench/: a file of tests of what is there is skipped, and no error of all tests."""
+    path = Path(shutil.copy(ROOT / "tests" / name, tmp_path))
+    spec = importlib.util.spec_from_file_location("as_distributed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(pytest.skip.Exception, match="a source distribution has no bench/"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_named_files_are_there() -> None:

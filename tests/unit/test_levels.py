@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitwright.solvers import levels as levels_module
 from bitwright.solvers.grids import uniform_grid
 from bitwright.solvers.levels import (
     dp_levels,
@@ -72,6 +74,28 @@ def test_dp_is_never_worse_than_em(case: tuple[list[float], list[float]], bits: 
         for levels in (dp_levels(row(weights), torch.tensor(h), bits), em_levels(row(weights), torch.tensor(h), bits))
     ]
     assert losses[0] <= losses[1] * (1 + 1e-6) + 1e-12 * scale
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("table", [1, 100, 1000, 41 * 41 * 2])
+def test_dp_of_a_wide_group_is_taken_in_strips(bits: int, table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same levels, to the bit, from tables of bounded size: one column of a row at least."""
+    block, h = gaussian(5, 40, seed=bits), gaussian(40, seed=7).square()
+    block[1] = block[1].round()
+    h[::7] = 0.0
+    whole = dp_levels(block, h, bits)
+    sizes: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        cost = interval_costs(*arguments)
+        sizes.append(cost.numel())
+        return cost
+
+    interval_costs = levels_module._interval_costs
+    monkeypatch.setattr(levels_module, "_interval_costs", counted)
+    monkeypatch.setattr(levels_module, "DP_TABLE", table)
+    assert torch.equal(dp_levels(block, h, bits), whole)
+    assert max(sizes) <= max(table, 41)
 
 
 @given(st.lists(st.sampled_from([-1.5, -0.25, 0.75, 2.0]), min_size=1, max_size=12))

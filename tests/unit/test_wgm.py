@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from bitwright.recipe import ActivationRecipe, WeightRecipe, preset
 from bitwright.reference import quantized_linear
 from bitwright.runtime import ops, planes, tiles
 from bitwright.solvers import SOLVERS, wgm
+from bitwright.solvers.grouping import Magnitudes
 from bitwright.solvers.hessian import Factor
 
 from .backends import needs_native, restore, use
@@ -182,6 +184,80 @@ def test_what_is_no_number_is_refused(dtype: torch.dtype, bad: float) -> None:
     weights[1, 2] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
         wgm.quantize(weights, WGM)
+
+
+# --- more magnitudes than a search bears ------------------------------------------------------------------------------
+
+
+def of_all(weights: Tensor) -> Magnitudes:
+    return Magnitudes.of(weights.flatten().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bins_of_many_magnitudes(dtype: torch.dtype) -> None:
+    """Neighbours in order, cut where leading bits change, each bin by its number of weights and their mean."""
+    weights = gaussian(300, 400, seed=3).to(dtype) * torch.logspace(-9, 9, 400, dtype=dtype)
+    everything, found = of_all(weights), wgm.magnitudes_of(weights)
+    assert len(everything.values) > wgm.MOST_DISTINCT >= len(found.values) > wgm.MOST_DISTINCT // 3
+    assert found.entries == everything.entries == weights.numel()
+    ends = found.counts.cumsum()
+    assert everything.counts.max() < 4
+    ordered = np.sort(weights.abs().double().flatten().numpy())
+    starts = ends - found.counts
+    np.testing.assert_allclose(found.values, np.add.reduceat(ordered, starts) / found.counts, rtol=1e-12)
+    assert (np.diff(found.values) > 0).all()
+    assert (ordered[ends - 1] / ordered[starts] - 1).max() < 2**-8
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("levels", "bits", "penalty", "close"),
+    [("dp", 6, 0.0, 1e-4), ("dp", 8, 0.0, 1e-4), ("dp", 4, 0.75, 1e-4), ("windowed", 6, 0.75, 0.02)],
+)
+def test_a_search_over_bins_is_as_good(levels: Any, bits: int, penalty: float, close: float) -> None:
+    weights = gaussian(270, 400, seed=bits) * 0.02
+    asked = recipe(bits=bits, levels=levels, penalty=penalty)
+    codes, table, found = wgm.quantize(weights, asked)
+    assert len(wgm.magnitudes_of(weights).values) <= wgm.MOST_DISTINCT
+    exact = wgm.table_of(wgm.group(of_all(weights), asked).levels, bits)
+    losses = []
+    for planes_found, one in ((codes, table), (wgm.encode(weights, exact), exact)):
+        losses.append(
+            noise(weights, CodebookMatrix(270, 400, bits, 128, "shared", planes_found, None, table=one).dequantize())
+        )
+    assert losses[0] <= losses[1] * (1 + close)
+    # A level is the mean of the weights of its group, and not of what stands for them.
+    ordered = np.sort(weights.abs().double().flatten().numpy())
+    np.testing.assert_allclose(found.levels, np.add.reduceat(ordered, found.begins) / found.counts, rtol=1e-4)
+
+
+@needs_native
+def test_greedy_merging_of_bins() -> None:
+    """From 65,536 windows at most, and no worse than from single entries."""
+    weights = gaussian(270, 400, seed=1) * 0.02
+    found = wgm.quantize(weights, recipe(levels="greedy"))[2]
+    assert set(found.begins) <= set(wgm.magnitudes_of(weights).counts.cumsum()) | {0}
+    assert found.cost() < wgm.group(of_all(weights), recipe(levels="greedy")).cost()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_few_magnitudes_of_many_weights_are_not_binned(seed: int) -> None:
+    """Also where they are no numbers of 16 bits: counted as they are."""
+    few = gaussian(1, 900, seed=seed)[0]
+    weights = few[torch.randint(0, 900, (600, 300), generator=torch.Generator().manual_seed(seed))]
+    assert wgm.compact(weights).dtype == torch.float32
+    found, everything = wgm.magnitudes_of(weights), of_all(weights)
+    assert not found.binned
+    assert found.values.tolist() == everything.values.tolist()
+    assert found.counts.tolist() == everything.counts.tolist()
+
+
+def test_memory_does_not_grow_with_distinct_magnitudes() -> None:
+    """11008 x 4096, 8 bits: 23 GB where every weight was a magnitude of its own. Greedy is told of, not bounded."""
+    sizes = 11008, 4096
+    assert wgm.working_bytes(*sizes, recipe(bits=8, levels="dp")) < 350e6
+    assert wgm.working_bytes(*sizes, recipe(bits=6)) < 350e6
+    assert wgm.working_bytes(*sizes, recipe(bits=6, levels="greedy")) > 100 * 11008 * 4096
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.5])

@@ -31,7 +31,7 @@ class Found:
 
 
 class _Tried:
-    """An objective that keeps what it was asked."""
+    """An objective that keeps what it was asked, and calls infinite what is no number: worse than any that is one."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.pairs = objective, list[tuple[float, float]]()
@@ -39,14 +39,18 @@ class _Tried:
     def __call__(self, ratio: float) -> float:
         value = self.objective(ratio)
         self.pairs.append((ratio, value))
-        return value
+        return _comparable(value)
 
     def found(self, ratio: float, value: float, low: float, high: float) -> Found:
         return Found(ratio, value, (low, high), tuple(self.pairs))
 
     def best(self) -> tuple[float, float]:
         """(ratio, value) of the least value; of several the largest ratio. What is no number is never the best."""
-        return min(self.pairs, key=lambda pair: (math.inf if math.isnan(pair[1]) else pair[1], -pair[0]))
+        return min(self.pairs, key=lambda pair: (_comparable(pair[1]), -pair[0]))
+
+
+def _comparable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def gradual_binary_search(objective: Objective, iterations: int) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ SALIENT = "salient"  # linears with a second codebook for salient channels
 SYMMETRIC_INPUTS = "symmetric_inputs"  # inputs quantized without a zero point
 CLIP = "clip"  # clip ratios of a site's inputs or of a layer's cache, in place of the recipe's
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset({HADAMARD, OUTER, SALIENT, SYMMETRIC_INPUTS, CLIP})
+
+# The widest group of a recipe that names one; a whole row may be wider.
+LARGEST_GROUP = 4096
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -74,12 +78,13 @@ class LayerSpec:
                 f"layer {name} has a codebook of kind {spec.kind!r}; this version reads {', '.join(KINDS)}"
             )
         least = {"rows": 1, "columns": 1, "bits": 1, "group": 1, "outliers": 0, "hadamard": 0, "stride": 1}
-        _check_numbers(name, vars(spec), least)
+        _check_numbers(name, vars(spec), least, {"bits": 8})
         if spec.outliers >= spec.columns or not isinstance(spec.permutation, (str, type(None))):
             raise ArtifactError(
                 f"config.json gives layer {name} outliers = {spec.outliers} of {spec.columns} columns and"
                 f" permutation = {spec.permutation!r}; the artifact is damaged"
             )
+        _check_sizes(name, spec)
         if spec.hadamard and not constructible(spec.hadamard):
             raise ArtifactError(f"layer {name} has a Hadamard transform of size {spec.hadamard}, which has no matrix")
         if spec.clip is not None:
@@ -163,14 +168,31 @@ def _described(cls: type, name: str, data: Mapping[str, Any]) -> dict[str, Any]:
     return {field.name: data[field.name] for field in fields(cls) if field.name in data}
 
 
-def _check_numbers(name: str, data: Mapping[str, Any], least: Mapping[str, int]) -> None:
+def _check_numbers(
+    name: str, data: Mapping[str, Any], least: Mapping[str, int], most: Mapping[str, int] = MappingProxyType({})
+) -> None:
     for key, smallest in least.items():
-        value = data[key]
-        if type(value) is not int or value < smallest:
+        value, largest = data[key], most.get(key)
+        if type(value) is not int or value < smallest or (largest is not None and value > largest):
+            span = f"from {smallest} on" if largest is None else f"from {smallest} to {largest}"
             raise ArtifactError(
-                f"config.json gives layer {name} {key} = {value!r}; expected a number from {smallest} on;"
-                " the artifact is damaged"
+                f"config.json gives layer {name} {key} = {value!r}; expected a number {span}; the artifact is damaged"
             )
+
+
+def _check_sizes(name: str, spec: LayerSpec) -> None:
+    """Refuse groups that kernels do not take, and blocks wider than all that there is to fill them."""
+    widest = max(LARGEST_GROUP, -(-spec.columns // 8) * 8)
+    if spec.group % 8 or spec.group > widest:
+        raise ArtifactError(
+            f"config.json gives layer {name} group = {spec.group}; expected a multiple of 8, at most {widest};"
+            " the artifact is damaged"
+        )
+    if spec.hadamard * spec.stride > widest:
+        raise ArtifactError(
+            f"config.json gives layer {name} hadamard = {spec.hadamard} and stride = {spec.stride}; expected blocks of"
+            f" at most {widest} channels; the artifact is damaged"
+        )
 
 
 def permutation_dtype(columns: int) -> torch.dtype:

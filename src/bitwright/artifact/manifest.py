@@ -14,6 +14,14 @@ from bitwright.artifact.shards import write_text
 from bitwright.errors import ArtifactError, BitwrightError
 from bitwright.models.checkpoint import read_header, read_json, sha256_file
 
+# What from_pretrained may read beside the files of an artifact: weights, configurations, code, templates, vocabularies.
+READ_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".json", ".jinja", ".py"}
+    | {".model", ".tiktoken"}
+)
+READ_NAMES = frozenset({"vocab.txt", "merges.txt"})
+TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers look into
+
 
 def _canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -90,7 +98,8 @@ class Problem:
 def verify(directory: str | Path, on_bytes: Callable[[int], None] | None = None) -> list[Problem]:
     """Compare every file with the manifest; an empty list means that the artifact is whole.
 
-    Finds missing, truncated, grown and changed files; for a changed shard, names the tensors whose bytes differ.
+    Finds missing, truncated, grown and changed files; for a changed shard, names the tensors whose bytes differ. Finds
+    files that the manifest does not know, of a kind that transformers reads: they may be read in place of others.
     Raises ArtifactError where there is no readable manifest to compare with.
     """
     directory = Path(directory)
@@ -107,7 +116,19 @@ def verify(directory: str | Path, on_bytes: Callable[[int], None] | None = None)
             problems.append(Problem(name, kind, f"{size} bytes, {entry['bytes']} were written"))
         elif sha256_file(path, on_bytes) != entry["sha256"]:
             problems.append(Problem(name, "changed", _what_changed(path, manifest["tensors"])))
+    for name in sorted(_read_by_transformers(directory) - manifest["files"].keys() - {MANIFEST_NAME}):
+        problems.append(Problem(name, "unknown", "it was not written with the artifact, and may be read in its place"))
     return problems
+
+
+def _read_by_transformers(directory: Path) -> set[str]:
+    """Files of a directory that from_pretrained of a model or tokenizer may read, by their names."""
+    found = [path for place in (directory, directory / TEMPLATES) if place.is_dir() for path in place.iterdir()]
+    return {
+        path.relative_to(directory).as_posix()
+        for path in found
+        if path.is_file() and (path.suffix in READ_SUFFIXES or path.name in READ_NAMES)
+    }
 
 
 def _what_changed(path: Path, digests: dict[str, str]) -> str:

@@ -40,12 +40,12 @@ def command(
             turns = list(opening)
             continue
         turns.append({"role": "user", "content": said})
-        ids = _prompt(tokenizer, turns, model, max_new_tokens)
+        ids = _prompt(tokenizer, turns, model, max_new_tokens, path)
         answer = stream(model, tokenizer, ids, max_new_tokens, temperature, top_p, seed + len(turns), skip_prompt=True)
         turns.append({"role": "assistant", "content": answer})
 
 
-def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tokens: int) -> Any:
+def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tokens: int, path: str) -> Any:
     """Token ids of the conversation; where it outgrows the context, the oldest exchanges are forgotten, aloud."""
     from bitwright.models import context_length
 
@@ -53,7 +53,7 @@ def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tok
     room = max(context - max_new_tokens, context // 2) if context else 0
     while True:
         if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = _written_out(tokenizer, turns, path)
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(" ".join(turn["content"] for turn in turns), return_tensors="pt")["input_ids"]
@@ -62,3 +62,18 @@ def _prompt(tokenizer: Any, turns: list[dict[str, str]], model: Any, max_new_tok
             return ids
         console.err.print("(the conversation is longer than the context: the oldest exchange is forgotten)")
         del turns[oldest : oldest + 2]
+
+
+def _written_out(tokenizer: Any, turns: list[dict[str, str]], path: str) -> str:
+    """The conversation as the chat template has it. Raises ModelError where that refuses it: it is a program of the
+    model's, which may raise what it likes."""
+    from bitwright.errors import ModelError
+    from bitwright.models.passes import first_line
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as problem:
+        hint = "; try without --system" if turns[0]["role"] == "system" else "; `bitwright generate` takes plain text"
+        raise ModelError(
+            f"the chat template of {path} does not take this conversation: {first_line(problem)}{hint}"
+        ) from None

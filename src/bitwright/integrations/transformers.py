@@ -6,7 +6,6 @@ model code is imported, so that it costs nothing before.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -23,22 +22,16 @@ from bitwright.artifact.layout import (
     OuterSpec,
     cache_clips,
     check_version,
-    counted,
-    layer_shapes,
-    outer_shapes,
 )
-from bitwright.artifact.shards import DTYPE_NAMES
 from bitwright.errors import ArtifactError
+from bitwright.integrations.checks import check_files, check_values
 from bitwright.integrations.lean_forward import leave_lean_forward, use_lean_forward
 from bitwright.integrations.outer import connect_outer, dequantize_outer, place_outer
-from bitwright.models.checkpoint import read_header
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
-from bitwright.runtime.outer import quantized_outers
 from bitwright.runtime.tiles import STORED
 
 SMALL = 1 << 20  # bytes: norms, permutations, biases
-_EXPONENT = 0x7C00  # of an fp16 number; all ones in NaN and infinity
 
 
 class BitwrightConfig(QuantizationConfigMixin):
@@ -78,6 +71,7 @@ class BitwrightQuantizer(HfQuantizer):
         self.outer = {name: OuterSpec.from_dict(name, data) for name, data in outer.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        refuse_bare(model, self.specs)
         dtype = kwargs.get("dtype") or getattr(model, "dtype", None) or torch.get_default_dtype()
         place_outer(model, self.outer, dtype)
         check_files(kwargs.get("checkpoint_files") or [], self.specs, self.outer)
@@ -105,7 +99,7 @@ class BitwrightQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         connect(model, self.specs)
         connect_outer(model)
-        check_scales(model)
+        check_values(model)
         leave_files(model)
         pack_sites(model)
         if self.recipe.kv is not None:
@@ -135,52 +129,16 @@ class BitwrightQuantizer(HfQuantizer):
         return model
 
 
-def check_files(files: list[str], specs: dict[str, LayerSpec], outer: dict[str, OuterSpec]) -> None:
-    """Refuse weight files that lack a tensor of a packed layer, or hold it in another shape or dtype.
-
-    transformers would fill what is missing with whatever memory holds and only warn. Raises ArtifactError.
-    """
-    if not files:
+def refuse_bare(model: nn.Module, specs: dict[str, LayerSpec]) -> None:
+    """Refuse a model without its head, by what it is: its modules have other names than the artifact's."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    if any(name in modules or name.removeprefix(prefix) not in modules for name in specs):
         return
-    present: dict[str, Any] = {}
-    for file in files:
-        present.update(read_header(Path(file), ArtifactError))
-    for layer, spec in specs.items():
-        if spec.permutation is not None and spec.permutation not in specs:
-            raise ArtifactError(f"layer {layer} has the permutation of {spec.permutation}, which is no packed layer")
-    shapes = [layer_shapes(layer, spec, torch.float32) for layer, spec in specs.items()]
-    shapes += [outer_shapes(layer, spec, torch.float32) for layer, spec in outer.items()]
-    for expected in shapes:
-        for name, (dtype, shape) in expected.items():
-            where = f"tensor {name} of the artifact in {Path(files[0]).parent}"
-            if name not in present:
-                raise ArtifactError(f"{where} is missing from its weight files; see what `bitwright verify` says")
-            found = present[name]
-            # The sentinel and the bias have the dtype of the original model.
-            as_written = found["dtype"] == DTYPE_NAMES[dtype] or not counted(name)
-            if found["shape"] != list(shape) or not as_written:
-                raise ArtifactError(
-                    f"{where} is {found['dtype']} {found['shape']}; config.json asks for"
-                    f" {DTYPE_NAMES[dtype]} {list(shape)}"
-                )
-
-
-def check_scales(model: nn.Module) -> None:
-    """Refuse scales that are not finite: nothing sensible can come of them. Raises ArtifactError."""
-    stored = [(name, linear.stored()) for name, linear in quantized_linears(model)]
-    stored += [(name, outer.own_tensors()) for name, outer in quantized_outers(model)]
-    for name, tensors in stored:
-        for part, tensor in tensors.items():
-            if tensor.device.type != "meta" and tensor.dtype == torch.float16 and not _finite(tensor):
-                raise ArtifactError(
-                    f"tensor {name}.{part} of the artifact holds NaN or infinite values;"
-                    " see what `bitwright verify` says"
-                )
-
-
-def _finite(halves: torch.Tensor) -> bool:
-    """As isfinite().all(), by the exponents: a tenth of the time."""
-    return int((halves.view(torch.int16) & _EXPONENT).amax()) < _EXPONENT if halves.numel() else True
+    raise ArtifactError(
+        f"the artifact is of a language model with its head, and {type(model).__name__} has none; load it with"
+        f" AutoModelForCausalLM.from_pretrained, and take .{prefix[:-1]} of that for hidden states"
+    )
 
 
 def leave_files(model: nn.Module) -> None:

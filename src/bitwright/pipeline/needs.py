@@ -13,6 +13,7 @@ from bitwright.errors import RunError
 from bitwright.models import Skeleton
 from bitwright.pipeline.layers import LayerPlan
 from bitwright.recipe import Recipe
+from bitwright.solvers.wgm import working_bytes
 
 # Python, torch and transformers as they are once imported, and what the allocator keeps of freed memory; measured.
 BASE_MEMORY = 460 << 20
@@ -52,7 +53,8 @@ def peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, len
         wave = 4 * length * wave_sequences(length) * sum(columns)
         forward = threads * 4 * length * 6 * max(max(layer.spec.rows, layer.spec.columns) for layer in own)
         factors = hessians + sum(sorted(4 * c * c for c in columns)[-threads:]) * 3
-        worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors)
+        groupings = sum(sorted(_grouping_bytes(layer) for layer in own)[-threads:])
+        worst = max(worst, weights + hessians + wave + forward, 2 * weights + hessians + factors + groupings)
         passing = 4 * length * 6 * sum(layer.spec.rows + layer.spec.columns for layer in own)
         if recipe.allocate is not None:
             tokens = length * measured_sequences(recipe, length)
@@ -66,6 +68,12 @@ def peak_memory(skeleton: Skeleton, layers: list[LayerPlan], recipe: Recipe, len
     if recipe.search.method != "none":
         worst += after  # what stands behind the blocks is at hand while each of them is searched
     return BASE_MEMORY + int(SLACK * max(worst, outside))
+
+
+def _grouping_bytes(layer: LayerPlan) -> int:
+    """What a solver of WGM takes for its groups of the whole matrix; nothing with other methods."""
+    spec = layer.spec
+    return working_bytes(spec.rows, spec.columns, layer.recipe) if layer.recipe.method == "wgm" else 0
 
 
 def _tuned_bytes(layer: LayerPlan, recipe: Recipe) -> int:

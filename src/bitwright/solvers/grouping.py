@@ -8,8 +8,8 @@ without the penalty this is k-means in one dimension.
 - `merge_windows`, algorithm 3: starts from windows of consecutive sorted entries and merges the pair of neighbours
   whose *merged* cost is least until `groups` are left. A window of one entry is algorithm 2, greedy merging.
 - `optimal_grouping`: the optimum again, over *distinct* magnitudes with their counts, in O(groups u log u). A matrix of
-  16-bit numbers has a few thousand distinct magnitudes however large it is. Without a penalty equal entries belong into
-  one group anyway, so nothing is lost.
+  16-bit numbers has a few thousand distinct magnitudes however large it is (solvers/wgm.py sees to it that others have
+  not many more). Without a penalty equal entries belong into one group anyway, so nothing is lost.
 
 All sums are float64, about the mean of each window: in float32 the squared errors of windows, 1e-10, drown.
 """
@@ -31,10 +31,14 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Distinct magnitudes, ascending float64 [u], and how many entries have each, int64 [u]."""
+    """Distinct magnitudes, ascending float64 [u], and how many entries have each, int64 [u].
+
+    `binned`: they are means of magnitudes that are nearly equal, and entries are not told apart inside of them.
+    """
 
     values: Reals
     counts: Integers
+    binned: bool = False
 
     @classmethod
     def of(cls, entries: NDArray[np.floating[Any]]) -> Magnitudes:
@@ -130,8 +134,15 @@ def optimal_grouping(magnitudes: Magnitudes, groups: int, penalty: float) -> Gro
 
 
 def merge_windows(magnitudes: Magnitudes, groups: int, window: int, penalty: float) -> Grouping:
-    """Algorithm 3; with a window of 1 algorithm 2. Where there are no more windows than groups nothing is merged."""
-    start = describe(magnitudes, np.arange(0, magnitudes.entries, window, dtype=np.int64))
+    """Algorithm 3; with a window of 1 algorithm 2, from bins where magnitudes are binned, else from single entries.
+
+    Where there are no more windows than groups nothing is merged. Needs some 110 bytes a window.
+    """
+    if window == 1 and magnitudes.binned:
+        begins = _entries(magnitudes, np.arange(len(magnitudes.values)))
+    else:
+        begins = np.arange(0, magnitudes.entries, window, dtype=np.int64)
+    start = describe(magnitudes, begins)
     if len(start.begins) <= groups:
         return start
     module = native()

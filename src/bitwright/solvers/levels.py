@@ -112,7 +112,8 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
 
     D_m[b] = min over a of D_{m-1}[a] + cost(a, b) with cost(a, b) = S2 - S1^2 / S0 over the sorted weights a..b
     (spec 2.3.1). O(2**bits width^2) a row. Fewer distinct values than levels give repeated levels and zero error.
-    Rows are taken in portions, so that the tables of a wide group stay within some hundred megabytes.
+    Rows are taken in portions, and of a wide group the ends of intervals, so that the tables stay within some
+    hundred megabytes.
     """
     portion = max(1, DP_TABLE // (block.shape[1] + 1) ** 2)
     return torch.cat([_dp_rows(rows, importance, bits) for rows in block.split(portion)])
@@ -121,12 +122,17 @@ def dp_levels(block: Tensor, importance: Tensor, bits: int) -> Tensor:
 def _dp_rows(block: Tensor, importance: Tensor, bits: int) -> Tensor:
     rows = _sort(block, importance)
     count, width = 2**bits, rows.weights.shape[1]
-    cost = _interval_costs(rows)
-    best = cost[:, 0, :]
-    choices = []
-    for _ in range(1, count):
-        best, choice = (best.unsqueeze(-1) + cost).min(dim=1)
-        choices.append(choice)
+    best = [torch.empty_like(rows.s0) for _ in range(count)]
+    choices = [torch.zeros(rows.s0.shape, dtype=torch.int64) for _ in range(1, count)]
+    strip = max(1, DP_TABLE // rows.s0.numel())
+    # No interval begins behind its end: all tables of a strip of ends need those before it and no others.
+    for first in range(0, width + 1, strip):
+        last = min(first + strip, width + 1)
+        cost = _interval_costs(rows, first, last)
+        best[0][:, first:last] = cost[:, 0]
+        for level in range(1, count):
+            before = best[level - 1][:, :last].unsqueeze(-1)
+            best[level][:, first:last], choices[level - 1][:, first:last] = (before + cost).min(dim=1)
     end = torch.full((rows.weights.shape[0], 1), width, dtype=torch.int64)
     levels: list[Tensor] = []
     steps: list[Tensor | None] = [*reversed(choices), None]
@@ -140,14 +146,16 @@ def _dp_rows(block: Tensor, importance: Tensor, bits: int) -> Tensor:
     return torch.cat(levels, dim=1).flip(1).float()
 
 
-def _interval_costs(rows: _Sorted) -> Tensor:
-    """cost [rows, a, b] of one level for the sorted weights a..b-1; 0 where a = b, infinite where a > b."""
-    mass = rows.s0.unsqueeze(1) - rows.s0.unsqueeze(2)
-    moment = rows.s1.unsqueeze(1) - rows.s1.unsqueeze(2)
-    square = rows.s2.unsqueeze(1) - rows.s2.unsqueeze(2)
-    cost = (square - moment * moment / torch.where(mass > 0, mass, 1.0)).clamp_min(0.0)
-    size = rows.s0.shape[1]
-    backwards = torch.ones(size, size, dtype=torch.bool).tril(diagonal=-1)
+def _interval_costs(rows: _Sorted, first: int, last: int) -> Tensor:
+    """cost [rows, a, b] of one level for the sorted weights a..b-1, a < last, b from first to last; 0 where a = b,
+    infinite where a > b."""
+
+    def between(sums: Tensor) -> Tensor:
+        return sums[:, first:last].unsqueeze(1) - sums[:, :last].unsqueeze(2)
+
+    mass, moment = between(rows.s0), between(rows.s1)
+    cost = (between(rows.s2) - moment * moment / torch.where(mass > 0, mass, 1.0)).clamp_min(0.0)
+    backwards = torch.arange(last).unsqueeze(1) > torch.arange(first, last)
     return cost.masked_fill(backwards, torch.inf)
 
 

@@ -12,10 +12,13 @@ sorting put it into.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitwright.codebook import CodebookMatrix
@@ -29,6 +32,10 @@ from bitwright.solvers.levels import snap
 
 # Rows that are encoded together where that takes int64 ranks: 8 bytes a weight.
 ROWS = 256
+# Distinct magnitudes that groups are searched over, at most: twice those of 16-bit numbers. Tables of the search grow
+# with them, 4 bytes a group.
+MOST_DISTINCT = 1 << 16
+_DROPPED = 11  # bits of an fp32 number's 23 behind the point that a bin has not got, at least
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,14 @@ def compact(weights: Tensor) -> Tensor:
 def magnitudes_of(weights: Tensor) -> Magnitudes:
     """Float [rows, columns] -> its distinct magnitudes and how often each occurs. Raises ValueError for NaN, infinity.
 
-    Numbers of 16 bits are counted by their pattern, others sorted: see `compact`.
+    Numbers of 16 bits are counted by their pattern, others sorted: see `compact`. Of more than MOST_DISTINCT the means
+    of bins, see `_bins`.
     """
     if not _short(weights):
-        return _finite(Magnitudes.of(weights.detach().flatten().cpu().numpy()))
+        chunks = [rows.detach().flatten().cpu().numpy() for rows in weights.split(ROWS)]
+        if not all(np.isfinite(chunk).all() for chunk in chunks):
+            raise ValueError("the weights hold NaN or infinite values")
+        return _distinct(chunks) or _bins(chunks)
     words = weights.detach().contiguous()
     counts = np.zeros(1 << 15, dtype=np.int64)
     module = native()
@@ -83,6 +94,38 @@ def magnitudes_of(weights: Tensor) -> Magnitudes:
         module.count_magnitudes(words.data_ptr(), words.numel(), counts.ctypes.data)
     present = counts.nonzero()[0]
     return _finite(Magnitudes(_patterns(words.dtype)[present].double().numpy(), counts[present]))
+
+
+def _distinct(chunks: Sequence[NDArray[Any]]) -> Magnitudes | None:
+    """Exactly, by sorting; None where there are more than MOST_DISTINCT, which is seen early."""
+    found = Magnitudes(np.zeros(0), np.zeros(0, dtype=np.int64))
+    for chunk in chunks:
+        part = Magnitudes.of(chunk)
+        values, places = np.unique(np.concatenate([found.values, part.values]), return_inverse=True)
+        if len(values) > MOST_DISTINCT:
+            return None
+        counts = np.bincount(places, np.concatenate([found.counts, part.counts]), len(values))
+        found = Magnitudes(values, counts.astype(np.int64))
+    return found
+
+
+def _bins(chunks: Sequence[NDArray[Any]]) -> Magnitudes:
+    """Magnitudes with as many leading bits in common as leave at most MOST_DISTINCT bins, each by its mean.
+
+    A cut of bins is a cut of the sorted magnitudes, and the mean of a group of bins is that of its weights: the optimum
+    over bins is that of all cuts that part none. Memory does not grow with the matrix.
+    """
+    counts, sums = np.zeros(1 << (31 - _DROPPED), dtype=np.int64), np.zeros(1 << (31 - _DROPPED))
+    for chunk in chunks:
+        magnitudes = np.abs(chunk)
+        with np.errstate(over="ignore"):
+            index = magnitudes.astype(np.float32).view(np.int32) >> _DROPPED
+        counts += np.bincount(index, minlength=len(counts))
+        sums += np.bincount(index, magnitudes, len(sums))
+    while np.count_nonzero(counts) > MOST_DISTINCT:
+        counts, sums = counts.reshape(-1, 2).sum(axis=1), sums.reshape(-1, 2).sum(axis=1)
+    present = counts.nonzero()[0]
+    return Magnitudes(sums[present] / counts[present], counts[present], binned=True)
 
 
 def group(magnitudes: Magnitudes, recipe: WeightRecipe) -> Grouping:
@@ -164,6 +207,16 @@ def solve(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) 
         outliers=integers,
         outlier_scales=scales,
     )
+
+
+def working_bytes(rows: int, columns: int, recipe: WeightRecipe) -> int:
+    """What `solve` takes beside the matrix, at most; measured."""
+    entries = rows * columns
+    windows = 0 if recipe.levels == "dp" else entries // (recipe.window if recipe.levels == "windowed" else 1)
+    table = 4 * 2 ** (recipe.bits - 1) if recipe.levels == "dp" else 0
+    distinct = min(entries, MOST_DISTINCT)
+    bins = 32 << (31 - _DROPPED) if entries > MOST_DISTINCT else 0
+    return 2 * entries + 110 * windows + (table + 64) * distinct + bins + 30 * ROWS * columns
 
 
 def _short(weights: Tensor) -> bool:
