@@ -34,9 +34,9 @@ void quantize_site(const Kernels& kernels, const float* x, const Geometry& g, co
   const int count = static_cast<int>(smaller<int64_t>(threads, out.tokens));
 #pragma omp parallel num_threads(count)
   {
-    const int me = this_thread();
+    const int me = this_thread(), team = team_size();
     float* own = reinterpret_cast<float*>(own_memory(g.columns * 4));
-    kernels.quantize(x, g, q, out, own, out.tokens * me / count, out.tokens * (me + 1) / count);
+    kernels.quantize(x, g, q, out, own, out.tokens * me / team, out.tokens * (me + 1) / team);
   }
 }
 

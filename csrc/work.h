@@ -131,6 +131,16 @@ inline int this_thread() {
 #endif
 }
 
+// Threads of the region that this is called in. They may be fewer than were asked for: OMP_THREAD_LIMIT and OMP_DYNAMIC,
+// a region inside another one, a build without OpenMP. Who shares out work by thread asks here, inside.
+inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // No more threads than there is work for: a region costs some microseconds.
 inline int useful_threads(int threads, int64_t tiles, int64_t tokens) {
   const int64_t work = (tiles * tokens + 7) / 8;
@@ -157,9 +167,9 @@ void quantize_and_multiply(const AnyKernels& kernels, const float* x, const uint
 #pragma omp parallel num_threads(count)
   {
     uint8_t* own = own_memory(gathered + scratch);
-    const int me = this_thread();
+    const int me = this_thread(), team = team_size();
     // Shares are rounded up, so that a single token is the first thread's: it is there before the others wake.
-    const auto share = [&](int thread) { return (tokens * thread + count - 1) / count; };
+    const auto share = [&](int thread) { return (tokens * thread + team - 1) / team; };
     kernels.quantize(x, g, q, inputs, reinterpret_cast<float*>(own), share(me), share(me + 1));
 #pragma omp barrier
     int64_t first_tile, last_tile;

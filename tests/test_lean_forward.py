@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 import bitwright
+import simulation
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from bitwright.runtime import QuantizedKVCache, linear, native_blocks
-from bitwright.runtime.decoder import Decoder
+from bitwright.runtime import linear, native_blocks, quantized_linears
 from conftest import MODELS
+from lean import block_by_block, counted, steps, without_lean_path
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
@@ -40,49 +40,6 @@ def model(request: pytest.FixtureRequest, artifact: Callable[..., Path]) -> Any:
         widths = {"weights.bits": 4, "activations.bits": 8, "activations.balance": "none"}
         return bitwright.load(artifact(name, "rtn", widths))
     return bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
-
-
-@contextmanager
-def without_lean_path(model: Any) -> Iterator[None]:
-    lean = model.model.__dict__.pop("forward")
-    try:
-        yield
-    finally:
-        model.model.forward = lean
-
-
-@contextmanager
-def block_by_block(model: Any) -> Iterator[None]:
-    """Without the native call for all blocks at once."""
-    decoder = model.model._bitwright_decoder
-    assert decoder.served
-    decoder.served = False
-    try:
-        yield
-    finally:
-        decoder.served = True
-
-
-@contextmanager
-def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many tokens each call of the lean path had."""
-    calls: list[int] = []
-    original = Decoder.__call__
-
-    def counting(self: Decoder, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
-        calls.append(len(ids))
-        return original(self, ids, cache)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "__call__", counting)
-        yield calls
-
-
-def steps(model: Any, ids: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Logits of the pieces of `ids`, one after the other into one cache."""
-    cache = quantized_cache(model, recipe_of(model))
-    with torch.inference_mode():
-        return [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(sizes, dim=1)]
 
 
 def test_it_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +156,41 @@ def test_copies_and_changed_weights_are_seen(model: Any, monkeypatch: pytest.Mon
         after = logits(model)
     assert calls == []
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("bwa", {}),
+        ("quarot", {"weights.group": 32}),
+        ("gbs", {"weights.group": 32, "search.iterations": 1}),
+        ("rtn", {"weights.group": 32}),
+    ],
+)
+def test_tiles_are_held_once(preset: str, options: dict[str, Any], artifact: Callable[..., Path]) -> None:
+    """Linears of a site without an order to share are packed one by one; the lean path wants them side by side."""
+    directory = artifact("llama", preset, options)
+    model = bitwright.load(directory)
+    decoder = model.model._bitwright_lean.current()
+    for block, layer in zip(decoder.blocks, model.model.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        for site, members in (
+            (block.attn_in, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.attn_out, (attention.o_proj,)),
+            (block.mlp_in, (mlp.gate_proj, mlp.up_proj)),
+            (block.mlp_out, (mlp.down_proj,)),
+        ):
+            at = site.packed.data_ptr()
+            for member in members:
+                assert member.packed.data_ptr() == at
+                at += member.packed.numel()
+            assert at == site.packed.data_ptr() + site.packed.numel()
+    stored = simulation.stored_matrices(directory)
+    for name, member in quantized_linears(model):
+        parts = member.matrix().tensors()
+        assert all(torch.equal(parts[part], tensor) for part, tensor in stored[name].tensors().items()), name
+    ids = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    (found,) = steps(model, ids, [20])
+    with without_lean_path(model):
+        (expected,) = steps(model, ids, [20])
+    assert (found - expected).norm() / expected.norm() < 2e-2

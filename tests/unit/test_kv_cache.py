@@ -246,3 +246,16 @@ def test_append_after_crop_and_outside_inference_mode() -> None:
     expected = torch.cat([states[:, :, :7], states[:, :, 12:15], states[:, :, :1]], dim=2)
     assert torch.equal(layer.keys, encode(expected, 4))
     assert torch.equal(kept, encode(states, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, HEADS, 1, DIM), (4, HEADS, 1, DIM), (BATCH, 1, 1, DIM), (BATCH, HEADS, 1, 8)])
+def test_tokens_of_another_batch_are_refused(shape: tuple[int, ...]) -> None:
+    cache, keys, values = filled()
+    with pytest.raises(ValueError, match=r"holds 7 tokens of 3 sequences, 2 heads .* take a fresh one"):
+        cache.update(torch.zeros(shape), torch.zeros(*shape[:-1], DIM + 2), 0)
+    assert all(torch.equal(a, b) for a, b in zip(contents(cache), (keys, values), strict=True)), "and nothing written"
+    with pytest.raises(ValueError, match="found tokens of 1 sequences"):
+        cache.layers[0].reserve(HEADS, 1, DIM)
+    cache.crop(-7)
+    found, _ = cache.update(torch.ones(shape), torch.ones(*shape[:-1], DIM + 2), 0)
+    assert found.shape == shape, "an empty cache takes any batch"

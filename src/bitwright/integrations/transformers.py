@@ -25,7 +25,7 @@ from bitwright.artifact.layout import (
 )
 from bitwright.errors import ArtifactError
 from bitwright.integrations.checks import check_files, check_values
-from bitwright.integrations.lean_forward import use_lean_forward
+from bitwright.integrations.lean_forward import leave_lean_forward, use_lean_forward
 from bitwright.integrations.outer import connect_outer, dequantize_outer, place_outer
 from bitwright.recipe import Recipe
 from bitwright.runtime import QuantizedKVCache, QuantizedLinear, pack_sites, quantized_linears
@@ -116,6 +116,7 @@ class BitwrightQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Plain nn.Linear layers with the dequantized weights; activations and cache are no longer quantized."""
+        leave_lean_forward(model)
         for name, linear in list(quantized_linears(model)):
             weights = linear.dequantize()
             plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)

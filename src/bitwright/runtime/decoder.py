@@ -13,6 +13,7 @@ of weights: every Python call costs several times what it does alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import eq
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from bitwright.runtime.block_ops import add_rms_norm_eager, gated_eager, rms_nor
 from bitwright.runtime.kv_cache import QuantizedKVCache, QuantizedKVLayer
 from bitwright.runtime.linear import Kernel, QuantizedLinear, quantized_linears
 from bitwright.runtime.native_blocks import NativeBlocks
+from bitwright.runtime.snapshot import Holds
 from bitwright.runtime.tiles import TILE_ROWS
 
 # Models whose blocks are RMSNorm, rotary attention without clipping, RMSNorm, SwiGLU, in this order.
@@ -41,7 +43,8 @@ class Site:
 
     @classmethod
     def of(cls, *linears: QuantizedLinear) -> Site:
-        """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves them."""
+        """Of linears that stand one behind the other in one tensor, as `pack_sites` leaves those that share an order;
+        others are put there, so that nothing is held twice."""
         tensors, parts, biases, row = [], [], [], 0
         for linear in linears:
             assert linear.packed is not None
@@ -55,7 +58,11 @@ class Site:
             row += linear.out_features + padding
         kernel = linears[0].kernel()
         whole = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-        return cls(_joined(tensors), replace(kernel, op=kernel.eager, bias=whole), row, linears[0].in_features, parts)
+        packed = _joined(tensors)
+        if packed.data_ptr() != tensors[0].data_ptr():
+            for linear, tiles in zip(linears, packed.split([tensor.numel() for tensor in tensors]), strict=True):
+                linear.packed = tiles
+        return cls(packed, replace(kernel, op=kernel.eager, bias=whole), row, linears[0].in_features, parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """All outputs fp32 [tokens, rows], the linears' at `parts`."""
@@ -75,24 +82,12 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 class Norm:
-    """A norm and its weight in fp32: the model's own, or a copy of it where that has another dtype."""
+    """A norm and its weight in fp32: the model's own memory, or where that has another dtype a copy (`Copies`)."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.eps = module, module.variance_epsilon
-        self.source = module.weight
+        self.source: Tensor = module.weight
         self.weight = module.weight.detach().float()
-        self.version = self._written()
-
-    def _written(self) -> int:
-        """A number that changes when the source is written to; a weight without one is taken to stay as it is."""
-        return 0 if self.source.is_inference() else int(self.source._version)
-
-    def valid(self) -> bool:
-        """Whether the module still has this weight; brings the copy up to date, in its place."""
-        if self.version != self._written():
-            self.weight.copy_(self.source.detach())
-            self.version = self._written()
-        return self.module.weight is self.source
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm_eager(x, self.weight, self.eps)
@@ -100,6 +95,29 @@ class Norm:
     def after(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]:
         """x + add, and its norm."""
         return add_rms_norm_eager(x, add, self.weight, self.eps)
+
+
+class Copies:
+    """The weights in fp32 of norms that have another dtype, side by side: they are made anew before every use, since
+    nothing tells of a write through `.data`."""
+
+    def __init__(self, norms: list[Norm]) -> None:
+        self.sources = [norm.source for norm in norms if norm.source.dtype != torch.float32]
+        self.values = torch.empty(sum(source.numel() for source in self.sources))
+        views = self.values.split([source.numel() for source in self.sources]) if self.sources else ()
+        for norm, view in zip((n for n in norms if n.source.dtype != torch.float32), views, strict=True):
+            norm.weight = view
+
+    def renew(self) -> None:
+        if self.sources:
+            torch.cat(self.sources, out=self.values)
+
+
+def _window(attention: Any, config: Any) -> int:
+    """Tokens that a block's attention sees, 0 for all, from where its class has them: Mistral's from the config, Qwen's
+    by block; Llama's has no window, whatever its config carries."""
+    mistral = type(attention).__name__ == "MistralAttention"
+    return int(getattr(config if mistral else attention, "sliding_window", None) or 0)
 
 
 class Block:
@@ -115,9 +133,7 @@ class Block:
         self.head_dim, self.scale = attention.head_dim, float(attention.scaling)
         query, key, _ = self.attn_in.parts
         self.query_heads, self.key_heads = ((part.stop - part.start) // self.head_dim for part in (query, key))
-        types = getattr(config, "layer_types", None)
-        slides = types[index] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
-        self.window = int(config.sliding_window) if slides else 0
+        self.window = _window(attention, config)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -151,27 +167,29 @@ class Block:
 
 
 class Decoder:
-    """The blocks of one packed model; shares its tensors."""
+    """The blocks of one packed model (a LlamaModel or alike, without its head); shares its tensors."""
 
-    def __init__(self, model: Any) -> None:
-        base = model.model
-        self.embedding, self.rotary = base.embed_tokens, base.rotary_emb
-        self.blocks = [Block(layer, model.config, index) for index, layer in enumerate(base.layers)]
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.blocks = [Block(layer, base.config, index) for index, layer in enumerate(base.layers)]
         self.norm = Norm(base.norm)
-        self.norms = [*(norm for block in self.blocks for norm in block.norms), self.norm]
+        norms = [*(norm for block in self.blocks for norm in block.norms), self.norm]
+        self.copies = Copies(norms)
         self.served = NativeBlocks.serves(self.blocks)
         self._whole: NativeBlocks | None = None
-        # The tensors that the sites above were made of: a linear that has others now has other weights.
-        self.made_of = [(linear, linear.packed, linear.bias) for _, linear in quantized_linears(base.layers)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: they have other tensors, which the native blocks do not know."""
-        return self.__dict__ | {"_whole": None}
+        # The tensors that sites and norms were made of: a module that has others now has other weights.
+        linears = [linear for _, linear in quantized_linears(base.layers)]
+        made_of = [
+            (linear, "_buffers", name, linear._buffers[name]) for linear in linears for name in ("packed", "bias")
+        ]
+        self._made_of = Holds([*made_of, *((norm.module, "_parameters", "weight", norm.source) for norm in norms)])
+        # `.data` and casts put other memory under the same parameter.
+        self._shared = [norm.source for norm in norms if norm.source.dtype == torch.float32]
+        self._addresses = [source.data_ptr() for source in self._shared]
 
     def valid(self) -> bool:
-        """Whether the model still has the weights that this was made of."""
-        same = all(linear.packed is packed and linear.bias is bias for linear, packed, bias in self.made_of)
-        return same and all(norm.valid() for norm in self.norms)
+        """Whether the model's blocks and last norm still hold the tensors that this was made of."""
+        return self._made_of() and all(map(eq, map(Tensor.data_ptr, self._shared), self._addresses))
 
     @staticmethod
     def why_not(model: Any) -> str | None:
@@ -190,9 +208,10 @@ class Decoder:
     def __call__(self, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
         """Token ids int64 [tokens], behind what is cached -> fp32 [tokens, hidden] after the last norm."""
         start = cache.get_seq_length()
-        x = self.embedding(ids).float()
+        self.copies.renew()
+        x = self.base.embed_tokens(ids).float()
         positions = torch.arange(start, start + ids.shape[0]).unsqueeze(0)
-        cos, sin = (part[0].float() for part in self.rotary(x.unsqueeze(0), position_ids=positions))
+        cos, sin = (part[0].float() for part in self.base.rotary_emb(x.unsqueeze(0), position_ids=positions))
         if self.served and not any(getattr(layer, "hadamard", False) for layer in cache.layers):
             if self._whole is None:
                 self._whole = NativeBlocks(self.blocks, self.norm)

@@ -109,10 +109,21 @@ class _Records:
         return room[..., :total, :]
 
     def reserve(self, seen: Tensor, new: Sequence[int]) -> tuple[Tensor, int]:
-        """The buffer with `seen` at its front and room for `new` [batch, heads, tokens, bytes]; the tokens seen."""
+        """The buffer with `seen` at its front and room for `new` [batch, heads, tokens, bytes]; the tokens seen.
+
+        Raises ValueError for records of another batch, number of heads or size than those seen.
+        """
         batch, heads, tokens, size = new
         length = seen.shape[-2] if seen.numel() else 0
-        if self.room is None or not self._holds(seen, length + tokens):
+        expected = (batch, heads, size)
+        if length and expected != (*seen.shape[:2], seen.shape[-1]):
+            raise ValueError(
+                f"the cache holds {length} tokens of {seen.shape[0]} sequences, {seen.shape[1]} heads and"
+                f" {seen.shape[-1]} bytes; found tokens of {batch} sequences, {heads} heads and {size} bytes"
+                " (a cache belongs to one batch: take a fresh one, or select or repeat its sequences)"
+            )
+        fits = self.room is not None and expected == (*self.room.shape[:2], self.room.shape[-1])
+        if self.room is None or not fits or not self._holds(seen, length + tokens):
             capacity = max(self.FIRST, 2 * (length + tokens))
             self.room = torch.empty((batch, heads, capacity, size), dtype=torch.uint8, device=seen.device)
             if length:
@@ -147,8 +158,9 @@ class QuantizedKVLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self._key_records.append(self.keys, encode(self.turned(key_states), self.bits, self.clip))
-        self.values = self._value_records.append(self.values, encode(value_states, self.bits, self.clip))
+        keys = self._key_records.append(self.keys, encode(self.turned(key_states), self.bits, self.clip))
+        values = self._value_records.append(self.values, encode(value_states, self.bits, self.clip))
+        self.keys, self.values = keys, values
 
     def turned(self, states: Tensor) -> Tensor:
         """Keys [..., head_dim] as they are cached: where the recipe says so, times the largest Hadamard matrix whose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -22,6 +23,11 @@ from bitwright.transforms import SiteHadamard
 
 # Of the kernels' tiles: what their integer sums are known to hold.
 WIDEST_GROUP = 4096
+
+UNPACKED = (
+    "load_state_dict or a move to another device turned packed weights back into the stored tensors, which are"
+    " dequantized at every call; bitwright.runtime.pack_sites(model) packs them again"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class QuantizedLinear(nn.Module):
         self._leader: list[QuantizedLinear] = [self]
         self._dense: Tensor | None = None
         self._kernel: Kernel | None = None
+        self._turned_back = False  # from tiles to stored tensors, by something that nobody asked for that
 
     @classmethod
     def from_matrix(
@@ -168,6 +175,7 @@ class QuantizedLinear(nn.Module):
     def adopt_tiles(self, packed: Tensor) -> None:
         """Take `packed` for the weights and let go of the stored tensors."""
         self._kernel = None
+        self._turned_back = False
         for name in STORED:
             if hasattr(self, name):
                 setattr(self, name, None)
@@ -189,6 +197,8 @@ class QuantizedLinear(nn.Module):
         """Float [..., in_features] -> the same dtype [..., out_features]."""
         if self.packed is not None and self._dense is None:
             return self.kernel()(x.to(torch.float32), self.packed, self.spec.rows).to(x.dtype)
+        if self._turned_back and self._dense is None and not torch.compiler.is_compiling() and self.packable:
+            warnings.warn(UNPACKED, stacklevel=2)
         flat = x.reshape(-1, self.in_features).to(torch.float32)
         flat = to_site(flat, self.order, self.spec.transform)
         flat = quantize_site(flat, self.spec.outliers, self.spec.group, self.activations)
@@ -241,6 +251,7 @@ class QuantizedLinear(nn.Module):
 
         if self.packed is not None and fn(self.weight).device.type != "cpu":
             self.unpack()  # tiles are for the CPU's kernels
+            self._turned_back = True
         self._kernel = None
         super()._apply(careful, recurse)
         return self
@@ -252,6 +263,7 @@ class QuantizedLinear(nn.Module):
             destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._turned_back = self._turned_back or self.packed is not None
         self.unpack()
         self._kernel = None
         super()._load_from_state_dict(*args, **kwargs)
