@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bitwright.calibration import Text, read_text
 from bitwright.calibration.text import text_of
+from bitwright.pipeline.reporter import Silent
 from bitwright.recipe import PRESETS, Recipe, preset
 from bitwright.report.compare import Comparison, Measuring
 from bitwright.report.grid import ORIGINAL, Method
@@ -87,6 +89,13 @@ def _keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
+
+
+class Told(Silent):
+    """Says on standard error which row is at work."""
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
 
 
 def read(word: str, join: str = "none") -> Text:
@@ -174,6 +183,7 @@ def main() -> None:
             list({method.key: method for method in methods}.values()),
             read(path),
             Measuring(texts, asked.window, asked.windows),
+            reporter=Told(),
         ).carry_out()
         by_key = {row["key"]: row for row in results["methods"]}
         for (section, label, _), method in zip(here, methods[1:], strict=True):

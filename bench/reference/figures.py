@@ -42,7 +42,8 @@ def measure(model: Any, tokenizer: Any, texts: list[Path]) -> list[dict[str, Any
         rows.append({**found.to_dict(), "plain_loop": plain})
         print(
             f"{path.name}: {found.perplexity:.4f} a token, {found.bits_per_byte:.4f} bits a byte;"
-            f" plain loop {plain:.4f}"
+            f" plain loop {plain:.4f}",
+            flush=True,
         )
     return rows
 
