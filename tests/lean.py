@@ -15,6 +15,18 @@ from bitwright.runtime import QuantizedKVCache
 from bitwright.runtime.decoder import Decoder
 
 
+class Logits(torch.nn.Module):
+    """A model as what is compiled and exported: token ids in, logits out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits
+
+
 @contextmanager
 def without_lean_path(model: Any) -> Iterator[None]:
     lean = model.model.__dict__.pop("forward")

@@ -14,7 +14,7 @@ import bitwright
 import support
 from bitwright import native
 from bitwright.integrations.transformers import quantized_cache, recipe_of
-from lean import counted, without_lean_path
+from lean import Logits, counted, without_lean_path
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
@@ -141,20 +141,11 @@ def test_logits_have_one_dtype(half: Any, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_bfloat16_model_compiles_and_exports(half: Any, tokens: int) -> None:
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = half
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(ids, use_cache=False).logits
-            return logits
-
     ids = IDS[:, :tokens]
     with torch.no_grad():
-        expected = Logits()(ids)
-        compiled = torch.compile(Logits(), fullgraph=True, backend="aot_eager")(ids)
-        exported = torch.export.export(Logits(), (ids,)).module()(ids)
+        expected = Logits(half)(ids)
+        compiled = torch.compile(Logits(half), fullgraph=True, backend="aot_eager")(ids)
+        exported = torch.export.export(Logits(half), (ids,)).module()(ids)
     for found in (compiled, exported):
         assert found.dtype == expected.dtype == torch.bfloat16
         assert (found.float() - expected.float()).norm() / expected.float().norm() < 2e-2

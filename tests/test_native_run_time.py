@@ -15,6 +15,7 @@ import bitwright
 import simulation
 from bitwright import native
 from bitwright.runtime import dense_weights, pack_sites, quantized_linears
+from lean import Logits
 
 pytestmark = pytest.mark.skipif(native.find() is None, reason="built without native kernels")
 
@@ -88,20 +89,11 @@ def test_a_model_compiles_and_exports_whole(artifact: Callable[..., Path], name:
     model = bitwright.load(artifact(name, "bwa", {"activations.balance": balance}))
     linears = len(list(quantized_linears(model)))
 
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(ids, use_cache=False).logits
-            return logits
-
     ids = torch.arange(3, 33).view(1, -1)
     with torch.no_grad():
-        expected = Logits()(ids)
-        compiled = torch.compile(Logits(), fullgraph=True, backend="aot_eager")(ids)
-        exported = torch.export.export(Logits(), (ids,))
+        expected = Logits(model)(ids)
+        compiled = torch.compile(Logits(model), fullgraph=True, backend="aot_eager")(ids)
+        exported = torch.export.export(Logits(model), (ids,))
         assert torch.equal(compiled, expected)
         assert torch.equal(exported.module()(ids), expected)
     calls = [str(node.target) for node in exported.graph.nodes if str(node.target).startswith("bitwright.site_")]
