@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTCo
 import support
 from bitwright.errors import ModelError
 from bitwright.models import Checkpoint, Skeleton
+from bitwright.models import expanded as module
 from bitwright.models.expanded import expanded
 from bitwright.pipeline.source import Source
 from bitwright.recipe import preset
 from bitwright.transforms.expansion import Expansion, Role, expand, expanded_shape
+from bitwright.transforms.hadamard import constructible
 
 from .twins import gaussian
 
@@ -143,6 +145,14 @@ def test_what_happens_to_each_tensor(saved: Saved) -> None:
             assert torch.equal(found[name], expected), name
     assert wide.config.rms_norm_eps == pytest.approx(0.3 * 92 / 96)
     assert wide.checkpoint.config["rms_norm_eps"] == wide.config.rms_norm_eps
+
+
+def test_no_larger_size_is_tried_than_the_one_taken(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for a matrix costs seconds at the widths of large models: up to four times as wide it was minutes."""
+    tried = []
+    monkeypatch.setattr(module, "constructible", lambda size: tried.append(size) or constructible(size))
+    expanded(saved("qwen2")[1], "hadamard")
+    assert max(tried) == 192
 
 
 def test_sizes_that_transformers_does_not_take_are_passed_over(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -72,12 +73,13 @@ def expanded(skeleton: Skeleton, kind: str) -> Skeleton:
     )
 
 
-def _sizes(size: int, kind: str) -> list[int]:
-    """Candidates from `size` on, the least first."""
+def _sizes(size: int, kind: str) -> Iterator[int]:
+    """Candidates from `size` on, the least first; lazily, as to look at a large one takes seconds."""
     if kind == "power":
         first = 1 << (size - 1).bit_length()
-        return [first, 2 * first]
-    return [n for n in range(size, 4 * size + 4) if constructible(n)]
+        yield from (first, 2 * first)
+    else:
+        yield from (n for n in range(size, 4 * size + 4) if constructible(n))
 
 
 def _accepted(config: Any, changes: dict[str, Any]) -> bool:
