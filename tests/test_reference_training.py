@@ -148,6 +148,22 @@ def test_the_written_model_is_measured_and_its_card_says_so(trained: Path, text_
     assert (model / "README.md").read_text() == first, "measuring twice leaves one section"
 
 
+def test_a_long_text_meets_the_plain_loop_on_its_first_windows(
+    trained: Path, text_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = trained / "model", text_dir / "held-out.txt"
+    assert figures.main([str(model), "--text", str(text)]) == 0
+    whole = json.loads((model / "figures.json").read_text())[0]
+    monkeypatch.setattr(figures, "PLAIN_WINDOWS", 2)
+    assert whole["windows"] > 2
+    assert figures.main([str(model), "--text", str(text)]) == 0
+    row = json.loads((model / "figures.json").read_text())[0]
+    assert (row["perplexity"], row["windows"], row["plain_windows"]) == (whole["perplexity"], whole["windows"], 2)
+    assert row["same"] == pytest.approx(row["plain_loop"], rel=1e-3)
+    assert row["same"] != row["perplexity"]
+    assert f"({row['same']:.4f} by `eval`, first 2 windows)" in (model / "README.md").read_text()
+
+
 def test_shards_stay_small_and_replace_those_of_another_export(
     trained: Path, recipe: Path, text_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -20,15 +20,20 @@ from bitwright.evaluation.perplexity import evaluate_model
 
 HEADING = "## Figures"
 PROMPT = "The history of the city begins in the"
+# More of a text would only repeat what these say of the evaluator, for hours on a CPU.
+PLAIN_WINDOWS = 400
 
 
 def plain_loop(model: Any, tokenizer: Any, text: str) -> float:
-    """Perplexity by nothing but transformers: disjoint windows of the context, mean loss of each, averaged."""
+    """Perplexity by nothing but transformers: disjoint windows of the context, mean loss of each, averaged.
+
+    Of the first PLAIN_WINDOWS windows.
+    """
     window = min(2048, model.config.max_position_embeddings)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     losses = []
     with torch.inference_mode():
-        for row in ids[: len(ids) // window * window].view(-1, window):
+        for row in ids[: len(ids) // window * window].view(-1, window)[:PLAIN_WINDOWS]:
             losses.append(float(model(input_ids=row[None], labels=row[None]).loss))
     return math.exp(sum(losses) / len(losses))
 
@@ -37,12 +42,14 @@ def measure(model: Any, tokenizer: Any, texts: list[Path]) -> list[dict[str, Any
     """Both perplexities of every text."""
     rows = []
     for path in texts:
-        found = evaluate_model(model, tokenizer, read_text([path]))
+        text = read_text([path])
+        found = evaluate_model(model, tokenizer, text)
+        same = found if found.windows <= PLAIN_WINDOWS else evaluate_model(model, tokenizer, text, limit=PLAIN_WINDOWS)
         plain = plain_loop(model, tokenizer, path.read_text(encoding="utf-8"))
-        rows.append({**found.to_dict(), "plain_loop": plain})
+        rows.append({**found.to_dict(), "plain_loop": plain, "plain_windows": same.windows, "same": same.perplexity})
         print(
             f"{path.name}: {found.perplexity:.4f} a token, {found.bits_per_byte:.4f} bits a byte;"
-            f" plain loop {plain:.4f}",
+            f" plain loop {plain:.4f}, and {same.perplexity:.4f} on its {same.windows} windows",
             flush=True,
         )
     return rows
@@ -67,8 +74,10 @@ def section(rows: list[dict[str, Any]], text: str) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
+        part = row["plain_windows"] < row["windows"]
+        note = f" ({row['same']:.4f} by `eval`, first {row['plain_windows']} windows)" if part else ""
         lines.append(
-            f"| `{row['text']}` | {row['perplexity']:.4f} | {row['bits_per_byte']:.4f} | {row['plain_loop']:.4f} "
+            f"| `{row['text']}` | {row['perplexity']:.4f} | {row['bits_per_byte']:.4f} | {row['plain_loop']:.4f}{note} "
             f"| {row['tokens']:,} |"
         )
     lines += ["", f"Protocol: {rows[0]['protocol']}.", ""]
@@ -93,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     card = args.model / "README.md"
     kept = card.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
     card.write_text(f"{kept}\n\n{section(rows, sample(model, tokenizer))}", encoding="utf-8")
-    worst = max(abs(row["perplexity"] / row["plain_loop"] - 1) for row in rows)
+    worst = max(abs(row["same"] / row["plain_loop"] - 1) for row in rows)
     print(f"largest relative difference from the plain loop: {worst:.1e}")
     return 0 if worst <= 1e-3 else 1
 
