@@ -90,13 +90,14 @@ def _svg(figure: Any, name: str, alt: str) -> str:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one is below in bits and loss alike, by rising bits."""
+    """Indices of the points that no other one beats, by rising bits: lower in bits or loss and not higher in the other.
+
+    Points that are equal do not beat each other: all of them are on the front, or none.
+    """
     front: list[int] = []
-    best = math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[index][1] < best:
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
             front.append(index)
-            best = points[index][1]
     return front
 
 
