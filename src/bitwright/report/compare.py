@@ -212,7 +212,7 @@ class Comparison:
         path = self.output / "activations.json"
         if not path.exists():
             self.reporter.note("measuring the inputs of the original model's sites")
-            measured = activations.site_maxima(self.checkpoint.directory, self.calibration)
+            measured = activations.site_maxima(self.checkpoint.directory, self.calibration, self.measuring.threads)
             write_text(path, json.dumps(measured))
         return read_json(path, RunError)
 
@@ -233,7 +233,9 @@ class Comparison:
             self._measure(self.checkpoint.directory, lacking, record, save)
         else:
             self._quantize(method, artifact, record, save)
-            record["after"] = activations.after(measured, artifact)
+            if "after" not in record:
+                record["after"] = activations.after(measured, artifact, self.calibration, self.measuring.threads)
+                save()
             self._measure(artifact, lacking, record, save)
         if self.keep and not record.get("kept"):
             record["kept"] = True

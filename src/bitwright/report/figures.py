@@ -81,6 +81,8 @@ def _svg(figure: Any, name: str, alt: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    # A hundredth of a point is less than a screen shows; with all six digits curves are most of a page.
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     for colour, variable in INK.items():
         text = text.replace(colour, f"var({variable})")
     # The page sets the width; the drawing keeps its proportions by its viewBox.
@@ -90,13 +92,14 @@ def _svg(figure: Any, name: str, alt: str) -> str:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one is below in bits and loss alike, by rising bits."""
+    """Indices of the points that no other one beats, by rising bits: lower in bits or loss and not higher in the other.
+
+    Points that are equal do not beat each other: all of them are on the front, or none.
+    """
     front: list[int] = []
-    best = math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[index][1] < best:
+        if not front or points[index][1] < points[front[-1]][1] or points[index] == points[front[-1]]:
             front.append(index)
-            best = points[index][1]
     return front
 
 
@@ -246,7 +249,10 @@ def _map(
 def activation_curves(
     name: str, site: str, before: dict[int, list[float]], after: dict[int, dict[str, Any]] | None
 ) -> str:
-    """Largest |x| of each channel of one site, a line a block: in the model's order, and as the quantizer sees it."""
+    """Largest |x| of each channel of one site, a line a block: in the model's order, and as the quantizer sees it.
+
+    A bar in a block's colour below its curve: its int8 channels.
+    """
     import matplotlib
 
     styles = ((ACCENT, "-"), (SECOND, "-"), (SOFT, "-"))
@@ -265,15 +271,32 @@ def activation_curves(
         panels[0].set_title(f"{site}: as in the model", loc="left")
         panels[0].set_ylabel("max |x|")
         if after:
-            normal = min(entry["normal"] for entry in after.values())
             panels[1].set_title("as quantized", loc="left")
-            if normal < 1:
-                panels[1].axvspan(100 * normal, 100, color=GRID, linewidth=0, zorder=0)
-                panels[1].annotate("int8", (100, 0.02), xycoords=("data", "axes fraction"), xytext=(-2, 0),
-                                   textcoords="offset points", ha="right", color=SOFT, fontsize=7.5)  # fmt: skip
+            _int8_bars(panels[1], [(block, colour, after[block]["normal"])
+                                   for block, (colour, _) in zip(sorted(before), styles, strict=False)
+                                   if block in after])  # fmt: skip
         for panel in panels:
             panel.set_xlabel("channels, %")
             panel.grid(True, axis="y")
             panel.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.4)
         return _svg(figure, name, f"largest activation of each channel of site {site}, before and after")
+
+
+def _int8_bars(axes: Any, blocks: Sequence[tuple[int, str, float]]) -> None:
+    """A bar at the foot of the panel over the int8 channels of each (block, colour, share of the channels before them).
+
+    Blocks differ where sites have numbers of int8 channels of their own; a block without any has no bar.
+    """
+    blocks = [entry for entry in blocks if entry[2] < 1]
+    if not blocks:
+        return
+    low, high = np.log10(axes.get_ylim())
+    room = 0.05 * len(blocks)
+    axes.set_ylim(bottom=10 ** (low - (high - low) * room / (1 - room)))
+    for row, (block, colour, normal) in enumerate(reversed(blocks)):
+        axes.axvspan(100 * normal, 100, 0.05 * row + 0.005, 0.05 * row + 0.04, color=colour, linewidth=0,
+                     gid=f"int8-{block}")  # fmt: skip
+    first = min(normal for *_, normal in blocks)
+    axes.annotate("int8", (100 * first, room / 2), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+                  textcoords="offset points", ha="right", va="center", color=SOFT, fontsize=7.5)  # fmt: skip

@@ -150,7 +150,7 @@ def bits_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> list[Section
 
 
 def _activations(results: dict[str, Any]) -> Section:
-    """One figure a site and way of moving the channels; methods that move them alike share theirs."""
+    """One figure a site and method that does something to its input; methods whose sites see the same share theirs."""
     sites = list(dict.fromkeys(key.partition("/")[2] for key in results["before"]))
     ways: list[tuple[dict[str, Any], list[str]]] = []
     for number, row in enumerate(results["methods"], 1):
@@ -162,7 +162,7 @@ def _activations(results: dict[str, Any]) -> Section:
     drawn = []
     for way, (after, numbers) in enumerate(ways or [({}, [])]):
         for site in sites:
-            caption = f"Order of channels of method{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}."
+            caption = f"As quantized by method{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}."
             drawn.append(
                 Figure(
                     figures.activation_curves(
@@ -171,11 +171,17 @@ def _activations(results: dict[str, Any]) -> Section:
                     caption=caption if numbers else "",
                 )
             )
-    moved = " and after a method has moved them (int8 channels shaded)" if ways else ""
+    seen = (
+        " Beside it what the method's own model quantizes: in its order and basis, after its Hadamard matrices,"
+        " with the errors of all that comes before. Bars below: the int8 channels of each block. Methods that keep the"
+        " model's channels as they are, or activations in 16 bits, have no figure."
+        if ways
+        else ""
+    )
     return Section(
         "Activations by channel",
-        f"Largest absolute value of each input channel of a site in the original model, before{moved}:"
-        f" {results['activations_on']}; the largest of every hundredth or so of the channels is drawn.",
+        f"Largest absolute value of each input channel of a site in the original model, on {results['activations_on']};"
+        f" the largest of every hundredth or so of the channels is drawn.{seen}",
         drawn,
     )
 

@@ -108,7 +108,8 @@ def comparison_table(results: dict[str, Any]) -> Table:
     ]
     if any(row.marked for row in rows):
         notes.append(
-            "Marked perplexities are on the Pareto front: no other method is better with as many bits or less."
+            "Marked perplexities are on the Pareto front: no other method is better with as many bits or less,"
+            " or as good with less."
         )
     if skipped := results["skipped"]:
         notes.append(f"Left out, because they are no presets or do not fit the model: {', '.join(skipped)}.")
