@@ -22,7 +22,7 @@ from bitwright.calibration import Text, read_text
 from bitwright.calibration.text import text_of
 from bitwright.pipeline.reporter import Silent
 from bitwright.recipe import PRESETS, Recipe, preset
-from bitwright.report.compare import Comparison, Measuring
+from bitwright.report.compare import Comparison, Measuring, failures
 from bitwright.report.grid import ORIGINAL, Method
 
 BASE, BEST = "bwa", "bitwright"
@@ -185,6 +185,8 @@ def main() -> None:
             Measuring(texts, asked.window, asked.windows),
             reporter=Told(),
         ).carry_out()
+        if failed := failures(results):
+            raise SystemExit(f"{name}: {failed}")
         by_key = {row["key"]: row for row in results["methods"]}
         for (section, label, _), method in zip(here, methods[1:], strict=True):
             row = by_key[method.key]

@@ -222,6 +222,9 @@ def test_comparisons_that_cannot_be(
 
     assert "no preset or grid 'bwq'" in of("original,bwq")
     assert "bwa" in of("bwq")
+    for behind_a_grid in ("paper-table1:weights.bits=3", "original,presets,weights.bits=3", "presets:"):
+        assert "is a grid, a list of methods" in of(behind_a_grid)
+    assert "presets is a grid" in refused("--skip-unknown", methods=("--methods", "presets:weights.bits=3"))
     assert "did you mean 'feedback'" in of("bwa:weights.fedback=column")
     assert "bwa:weights.levels=dp" in of("weights.levels=dp")
     assert "original has no options" in of("original:weights.bits=1")
@@ -232,6 +235,12 @@ def test_comparisons_that_cannot_be(
     assert "does not exist" in refused("--text", tmp_path / "none.txt")
     (tmp_path / "short.txt").write_text("ba ren")
     assert "short.txt has" in refused("--text", tmp_path / "short.txt")
+    short: list[str | Path] = ["--calib", tmp_path / "short.txt", "--text", evaluation_file, "--out", fresh]
+    outcome = support.run_cli("compare", models["llama"], "--methods", "original,rtn,bwa", *short, *QUICK)
+    assert outcome.code == 1
+    assert re.match("method 'rtn': short.txt has .* tokens and one window needs 48.*--length", outcome.message)
+    assert outcome.err.count("\n") == 1, "work was done before"
+    assert not fresh.exists()
     assert "--join" in refused("--join", "tab")
     other = support.run_cli(*command(comparison), "--calib", evaluation_file)
     assert other.code == 1
@@ -239,6 +248,144 @@ def test_comparisons_that_cannot_be(
     assert "is no comparison and holds" in refused(out=models["llama"])
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(out=tmp_path / "file")
+
+
+def test_what_fails_does_not_cost_the_others(comparison: Path, command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert support.run_cli(*command(out, methods=("--methods", "original"))).code == 0
+    keys = {row["label"]: row["key"] for row in results_of(comparison)["methods"]}
+    in_the_way = out / "artifacts" / f"{keys['wgm']}.run"
+    in_the_way.mkdir()
+    (in_the_way / "mine.txt").write_text("")
+    # Where not even the failure can be written down, the command ends, as by a kill.
+    unwritable = out / "methods" / f"{keys['rtn']}.json.tmp"
+    unwritable.mkdir()
+
+    def texts() -> tuple[str, list[dict[str, str]]]:
+        return (out / "report.html").read_text(), list(csv.DictReader((out / "results.csv").open()))
+
+    def run() -> tuple[support.Outcome, dict[str, Any]]:
+        outcome = support.run_cli(*command(out, methods=("--methods", "original,wgm,rtn")))
+        return outcome, results_of(out)
+
+    outcome, results = run()
+    assert outcome.code == 1
+    assert str(unwritable) in outcome.message
+    assert [row["label"] for row in results["methods"]] == ["original", "wgm"]
+    assert results["unfinished"] == ["rtn"]
+    assert "Not measured yet: rtn" in texts()[0]
+
+    unwritable.rmdir()
+    outcome, results = run()
+    why = f"{in_the_way} exists and holds no run of bitwright"
+    assert outcome.code == 1
+    assert outcome.message.startswith(f"1 of 3 methods failed: wgm ({why}")
+    assert "failed: " in outcome.out
+    assert results["unfinished"] == []
+    original, wgm, rtn = results["methods"]
+    assert wgm["failed"].startswith(why)
+    assert wgm["measured"] == [None]
+    assert original["failed"] is rtn["failed"] is None
+    expected = {row["label"]: row["measured"][0]["loss"] for row in results_of(comparison)["methods"]}
+    assert rtn["measured"][0]["loss"] == expected["rtn"]
+    page, lines = texts()
+    assert f"2. wgm (failed: {why}" in page
+    assert [(line["label"], line["failed"], line["perplexity"] == "") for line in lines] == [
+        ("original", "", False),
+        ("wgm", wgm["failed"], True),
+        ("rtn", "", False),
+    ]
+
+    shutil.rmtree(in_the_way)
+    outcome, results = run()
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("already measured") == 2
+    assert {row["label"]: row["measured"][0]["loss"] for row in results["methods"]}.items() <= expected.items()
+    page, lines = texts()
+    assert "failed: " not in page
+    assert not any(line["failed"] for line in lines)
+    assert not any((out / "artifacts").iterdir())
+
+
+def test_a_method_that_fails_on_a_later_text_keeps_what_it_has(command: Any, more_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    one = ("--methods", "rtn")
+    assert support.run_cli(*command(out, "--keep-artifacts", methods=one)).code == 0
+    [before] = results_of(out)["methods"]
+    kept = out / "artifacts" / before["key"]
+    next(kept.glob("*.safetensors")).unlink()
+    outcome = support.run_cli(*command(out, "--text", more_file, methods=one))
+    assert outcome.code == 1
+    [row] = results_of(out)["methods"]
+    assert row["measured"] == [before["measured"][0], None]
+    assert row["linear_bits"] == before["linear_bits"]
+    assert row["failed"]
+    assert row["failed"] in outcome.message
+    # What is asked for here has not failed.
+    assert support.run_cli(*command(out, methods=one)).code == 0
+    assert results_of(out)["methods"] == [before]
+    shutil.rmtree(kept)
+    assert support.run_cli(*command(out, "--text", more_file, methods=one)).code == 0
+    [row] = results_of(out)["methods"]
+    assert row["failed"] is None
+    assert None not in row["measured"]
+
+
+def test_no_name_leads_out_of_the_directory(command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    named = ("--methods", 'rtn:name="../../x"', "--methods", 'rtn:name="a/b"', "--methods", 'rtn:name=".."')
+    outcome = support.run_cli(*command(out, "--keep-artifacts", methods=named))
+    assert outcome.code == 0, outcome.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and out not in path.parents] == []
+    results = results_of(out)["methods"]
+    assert [row["recipe"]["name"] for row in results] == ["../../x", "a/b", ".."]
+    for folder, suffix in (("methods", ".json"), ("artifacts", "")):
+        assert all((out / folder / f"{row['key']}{suffix}").exists() for row in results)
+    assert support.run_cli(*command(out, methods=named)).err.count("already measured") == 3
+    assert support.run_cli(*command(out, "--restart", methods=("--methods", "original"))).code == 0
+    assert [path.name for path in (out / "methods").iterdir()] == ["original.json"]
+    assert not any((out / "artifacts").iterdir())
+
+
+def test_a_restart_that_is_broken_off_leaves_no_old_page(comparison: Path, command: Any, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(comparison, tmp_path / "out"))
+    [rtn] = [row for row in results_of(out)["methods"] if row["label"] == "rtn"]
+    assert support.run_cli(*command(out, "--restart", "--dtype", "float33")).code == 1
+    assert (out / "methods" / f"{rtn['key']}.json").exists()
+    (out / "activations.json.tmp").mkdir()
+    assert support.run_cli(*command(out, "--restart")).code == 1
+    assert not list((out / "methods").iterdir())
+    assert not [name for name in ("results.json", "results.csv", "report.html") if (out / name).exists()]
+
+
+def test_a_text_is_its_content_and_is_shown_by_its_new_name(
+    comparison: Path,
+    command: Any,
+    models: dict[str, Path],
+    calibration_file: Path,
+    evaluation_file: Path,
+    tmp_path: Path,
+) -> None:
+    out = Path(shutil.copytree(comparison, tmp_path / "out"))
+    assert support.run_cli(*command(out, "--keep-artifacts", methods=("--methods", "rtn"))).code == 0
+    calib = shutil.copy(calibration_file, tmp_path / "first-renamed.txt")
+    text = shutil.copy(evaluation_file, tmp_path / "second-renamed.txt")
+    files = ["--calib", calib, "--text", text, "--out", out]
+    outcome = support.run_cli("compare", models["llama"], *METHODS, *files, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("already measured") == 4
+    for name in ("results.json", "results.csv", "report.html"):
+        content = (out / name).read_text()
+        assert "second-renamed.txt" in content
+        assert ("first-renamed.txt" in content) == (name != "results.csv")
+        assert calibration_file.name not in content
+        assert evaluation_file.name not in content
+    # What was kept serves for a new text, too.
+    third = tmp_path / "third.txt"
+    third.write_text(support.words(600, 14))
+    again = support.run_cli("compare", models["llama"], "--methods", "rtn", *files, "--text", third, *QUICK)
+    assert again.code == 0, again.err
+    assert "is already complete" in again.err
 
 
 def test_without_matplotlib_it_says_what_to_install(

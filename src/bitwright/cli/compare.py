@@ -39,10 +39,10 @@ def command(
 ) -> None:
     """Quantize and measure with each method. Killed at any moment, the same command goes on; nothing is done twice."""
     from bitwright.calibration.text import check_join, read_text
-    from bitwright.errors import RecipeError, TextError
+    from bitwright.errors import RecipeError, RunError, TextError
     from bitwright.recipe import PRESETS
     from bitwright.report import figures, grid, tables
-    from bitwright.report.compare import Comparison, Measuring, narrowest
+    from bitwright.report.compare import Comparison, Measuring, failures, narrowest
 
     figures.require_matplotlib()
     check_join(join)
@@ -80,6 +80,8 @@ def command(
     else:
         show(tables.comparison_table(results))
         console.out.print(f"wrote results.json, results.csv and report.html to {out}", markup=False, soft_wrap=True)
+    if failed := failures(results):
+        raise RunError(failed)
 
 
 def show(table: Any) -> None:

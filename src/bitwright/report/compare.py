@@ -1,30 +1,28 @@
 """A comparison carried out: each method quantized and measured, one after the other, and nothing done twice.
 
-The output directory holds `compare.json`, what all methods share; `methods/KEY.json`, what is known of each method so
-far; `artifacts/KEY`, the artifact in work, removed once it is measured unless it is to be kept, by this call or an
-earlier one. All are written in one step, and a run of `quantize` resumes by itself, so that the same command after a
-kill goes on where it stopped.
+What is found is written down as it is found (folder.py), and a run of `quantize` resumes by itself, so that the same
+command after a kill goes on where it stopped. An artifact is removed once it is measured unless it is to be kept, by
+this call or an earlier one. A method that fails is written down with its reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import bitwright
 from bitwright.artifact.shards import TORCH_DTYPES, write_text
-from bitwright.calibration import Text, consecutive_windows, load_tokenizer, tokenize
-from bitwright.errors import ModelError, RecipeError, RunError
+from bitwright.calibration import Text, consecutive_windows, load_tokenizer, random_windows, tokenize
+from bitwright.errors import BitwrightError, ModelError, RecipeError, RunError, TextError
 from bitwright.evaluation import check_dtype, evaluate, window_for
 from bitwright.models import Checkpoint, Skeleton, context_length
 from bitwright.models.checkpoint import read_json
@@ -34,14 +32,12 @@ from bitwright.pipeline.run import Reporter, Silent
 from bitwright.pipeline.state import exclusive
 from bitwright.recipe import preset
 from bitwright.report import activations
+from bitwright.report.clock import Clock
+from bitwright.report.folder import Folder
 from bitwright.report.grid import Method
-from bitwright.report.page import comparison_page, render
-from bitwright.report.tables import to_csv
 
-SHARED_NAME = "compare.json"
-FOLDERS = ("methods", "artifacts")
-# What a run that was killed at its very beginning leaves.
-_BEGUN = ("lock", f"{SHARED_NAME}.tmp")
+# What only a finished artifact tells.
+SIZES = ("weight_bits", "linear_bits", "claimed_bits", "model_bits", "bytes", "outliers")
 # Fits every model: for sizes that do not depend on the recipe.
 _PLAIN = preset("rtn").with_options({"weights.outliers": 0, "weights.order": "none"})
 
@@ -66,45 +62,11 @@ class Measuring:
         return f"{text.sha256[:16]} window {self.window} limit {self.limit} {self.dtype}"
 
 
-class _Clock:
-    """Passes on what a run reports, and after each block records the seconds that led to what is on disk."""
-
-    def __init__(self, behind: Reporter, save: Callable[[float], None]) -> None:
-        self._behind, self._save, self._since = behind, save, time.monotonic()
-
-    def allocating(self, fraction: float) -> None:
-        self.lap()
-        self._behind.allocating(fraction)
-
-    def begin(self, plan: Plan, completed: int) -> None:
-        self._behind.begin(plan, completed)
-
-    def advance(self, fraction: float) -> None:
-        self._behind.advance(fraction)
-
-    def searching(self, target: str, done: float, total: int, found: dict[str, Any] | None) -> None:
-        if found:
-            self.lap()
-        self._behind.searching(target, done, total, found)
-
-    def note(self, message: str) -> None:
-        self._behind.note(message)
-
-    def lap(self) -> None:
-        now = time.monotonic()
-        self._save(now - self._since)
-        self._since = now
-
-    def block_done(self, index: int, entries: list[dict[str, Any]]) -> None:
-        self.lap()
-        self._behind.block_done(index, entries)
-
-    def begin_tuning(self, intervals: int, completed: int) -> None:
-        self._behind.begin_tuning(intervals, completed)
-
-    def interval_done(self, number: int, intervals: int, losses: list[float]) -> None:
-        self.lap()
-        self._behind.interval_done(number, intervals, losses)
+def failures(results: dict[str, Any]) -> str | None:
+    """Which methods of a comparison failed and why, in one sentence; None where none did."""
+    failed = [f"{row['label']} ({row['failed']})" for row in results["methods"] if row["failed"]]
+    count = f"{len(failed)} of {len(results['methods'])} methods failed"
+    return f"{count}: {'; '.join(failed)}; the same command tries again" if failed else None
 
 
 class Comparison:
@@ -125,13 +87,16 @@ class Comparison:
         restart: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
-        self.output = Path(output).absolute()
+        self.folder = Folder(Path(output).absolute())
+        self.failed: dict[str, str] = {}
+        self.page_due = 0.0
         self.calibration, self.measuring, self.titles = calibration, measuring, titles
         self.skipped, self.skip_unfit = list(skipped), skip_unfit
         self.keep, self.restart, self.reporter = keep_artifacts, restart, reporter or Silent()
         self.checkpoint = Checkpoint(model)
         skeleton = Skeleton(self.checkpoint)
-        self.methods = [method for method in methods if self._fits(skeleton, method)]
+        planned = [(method, self._planned(skeleton, method)) for method in methods]
+        self.methods = [method for method, plan in planned if method.recipe is None or plan is not None]
         if not self.methods:
             raise RecipeError("no method is left to compare; name at least one, for example bwa")
         self.sizes = plan_for(skeleton, _PLAIN)
@@ -139,43 +104,57 @@ class Comparison:
         config = skeleton.config.get_text_config(decoder=True)
         window = window_for(context_length(config), measuring.window)
         tokenizer = load_tokenizer(self.checkpoint.directory)
+        tokens = tokenize(tokenizer, calibration, config.vocab_size)
+        for method, plan in planned:
+            if plan is not None:
+                _check_calibration(method, plan, tokens, calibration)
         for text in measuring.texts:
             consecutive_windows(tokenize(tokenizer, text, config.vocab_size), window, measuring.limit, text)
 
-    def _fits(self, skeleton: Skeleton, method: Method) -> bool:
-        """Whether a method can be planned for the model; raises what says why not, or leaves it out where asked to."""
+    def _planned(self, skeleton: Skeleton, method: Method) -> Plan | None:
+        """A method's plan, None for the original; raises what says why there is none, or leaves the method out where
+        asked to."""
         try:
-            if method.recipe is not None:
-                plan_for(skeleton, method.recipe, 0, self.measuring.threads)
+            if method.recipe is None:
+                return None
+            return plan_for(skeleton, method.recipe, 0, self.measuring.threads)
         except (RecipeError, ModelError) as error:
             if not self.skip_unfit:
                 raise type(error)(f"method {method.text!r}: {error}; --skip-unknown goes on without") from None
             self.skipped.append(method.label)
             self.reporter.note(f"method {method.text!r} is left out: {error}")
-            return False
-        return True
+            return None
 
     def carry_out(self) -> dict[str, Any]:
-        """Do what is not done yet; write results.json, results.csv and report.html; returns the data of the first."""
-        if self.output.exists() and not self.output.is_dir():
-            raise RunError(f"{self.output} is a file; give another --out")
-        if self.output.is_dir() and not (self.output / SHARED_NAME).exists():
-            found = sorted(path.name for path in self.output.iterdir() if path.name not in _BEGUN)
-            if found:
-                raise RunError(f"{self.output} is no comparison and holds {found[0]}; give another --out")
-        with exclusive(self.output):
-            self._open()
+        """Do what is not done yet; write results.json, results.csv and report.html; returns the data of the first.
+
+        The three are written after each method (the page not where methods take seconds), so that a run that is broken
+        off leaves them, too. A method that fails has its reason under `failed` in its row; the next call that is the
+        same tries it again.
+        """
+        self.folder.check()
+        with exclusive(self.folder.path):
+            shared = self._shared()
+            began = self.folder.open(shared, self.restart)
+            # By the name that it began with an unfinished run goes on, and an artifact is made again to the same bytes.
+            self.calibration = replace(self.calibration, name=began["calibration"]["name"])
             measured = self._activations()
-            rows = []
+            results: dict[str, Any] = {}
             for number, method in enumerate(self.methods, 1):
                 self.reporter.note(f"method {number} of {len(self.methods)}: {method.label}")
-                rows.append(self._row(method, self._finish(method, measured)))
-            results = self._results(rows, measured)
-            # JSON has no infinity; the loss beside it is finite.
-            write_text(self.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-            write_text(self.output / "results.csv", to_csv(results))
-            write_text(self.output / "report.html", render(comparison_page(results)))
+                if self._attempt(method, measured) or number == len(self.methods):
+                    results = self._results(shared, measured)
+                    self._publish(results, last=number == len(self.methods))
             return results
+
+    def _publish(self, results: dict[str, Any], last: bool) -> None:
+        """Write what there is; between methods a page only where drawing it takes a small part of the time."""
+        self.folder.publish(results)
+        began = time.monotonic()
+        if last or began >= self.page_due:
+            self.folder.draw(results)
+            ended = time.monotonic()
+            self.page_due = ended + 10 * (ended - began)
 
     def _shared(self) -> dict[str, Any]:
         """What a method's result depends on beside its recipe and the text that it is measured on."""
@@ -188,46 +167,41 @@ class Comparison:
             "calibration": {"name": self.calibration.name, "sha256": self.calibration.sha256},
         }
 
-    def _open(self) -> None:
-        path, shared = self.output / SHARED_NAME, self._shared()
-        if self.restart and path.exists():
-            (self.output / "activations.json").unlink(missing_ok=True)
-            for folder in FOLDERS:
-                shutil.rmtree(self.output / folder, ignore_errors=True)
-            write_text(path, json.dumps(shared, indent=1))
-        elif path.exists():
-            before = read_json(path, RunError)
-            differing = sorted(key for key in {*before, *shared} if before.get(key) != shared.get(key))
-            if differing:
-                raise RunError(
-                    f"{self.output} holds a comparison that differs in {', '.join(differing)};"
-                    " give another --out, or add --restart to drop it"
-                )
-        else:
-            write_text(path, json.dumps(shared, indent=1))
-        for folder in FOLDERS:
-            (self.output / folder).mkdir(exist_ok=True)
-
     def _activations(self) -> dict[str, Any]:
-        path = self.output / "activations.json"
+        path = self.folder.path / "activations.json"
         if not path.exists():
             self.reporter.note("measuring the inputs of the original model's sites")
-            measured = activations.site_maxima(self.checkpoint.directory, self.calibration, self.measuring.threads)
-            write_text(path, json.dumps(measured))
+            # The file may have another name in a later call.
+            unnamed = replace(self.calibration, name="the calibration text")
+            found = activations.site_maxima(self.checkpoint.directory, unnamed, self.measuring.threads)
+            write_text(path, json.dumps(found))
         return read_json(path, RunError)
 
-    def _finish(self, method: Method, measured: dict[str, Any]) -> dict[str, Any]:
-        """The record of a method, completed."""
-        path = self.output / "methods" / f"{method.key}.json"
-        record: dict[str, Any] = read_json(path, RunError) if path.exists() else {"texts": {}, "seconds": 0.0}
+    def _attempt(self, method: Method, measured: dict[str, Any]) -> bool:
+        """Complete a method's record, or write down why that failed; returns whether there was anything to do."""
+        if method.key in self.failed:  # the same recipe by another name
+            self.reporter.note("  failed above")
+            return False
+        try:
+            return self._finish(method, measured)
+        except (BitwrightError, OSError) as error:
+            where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            self.failed[method.key] = reason = " ".join(str(where).split())
+            self.folder.save(method.key, self.folder.record(method.key) | {"failed": reason})
+            self.reporter.note(f"  failed: {reason}")
+            return True
+
+    def _finish(self, method: Method, measured: dict[str, Any]) -> bool:
+        key = method.key
+        record, artifact = self.folder.record(key), self.folder.artifact(key)
 
         def save() -> None:
-            write_text(path, json.dumps(record, indent=1))
+            self.folder.save(key, record)
 
-        lacking = [text for text in self.measuring.texts if self.measuring.key(text) not in record["texts"]]
-        artifact = self.output / "artifacts" / method.key
+        lacking = self._lacking(record)
         known = method.recipe is None or "sizes" in record
-        if not lacking and known and (not self.keep or method.recipe is None or artifact.exists()):
+        done = not lacking and known and (not self.keep or method.recipe is None or artifact.exists())
+        if done:
             self.reporter.note("  already measured")
         elif method.recipe is None:
             self._measure(self.checkpoint.directory, lacking, record, save)
@@ -237,14 +211,14 @@ class Comparison:
                 record["after"] = activations.after(measured, artifact, self.calibration, self.measuring.threads)
                 save()
             self._measure(artifact, lacking, record, save)
+        if record.pop("failed", None):
+            save()
         if self.keep and not record.get("kept"):
             record["kept"] = True
             save()
         if not record.get("kept"):
-            shutil.rmtree(artifact, ignore_errors=True)
-            with suppress(FileNotFoundError):
-                artifact.with_name(f"{artifact.name}.log.jsonl").unlink()
-        return record
+            self.folder.drop_artifact(key)
+        return not done
 
     def _quantize(self, method: Method, artifact: Path, record: dict[str, Any], save: Callable[[], None]) -> None:
         # Done before, and asked for again because a text is new: the same artifact is made, its time is known.
@@ -255,7 +229,7 @@ class Comparison:
                 record["seconds"] += seconds
                 save()
 
-        clock = _Clock(self.reporter, lap)
+        clock = Clock(self.reporter, lap)
         assert method.recipe is not None
         done = quantize(
             self.checkpoint.directory,
@@ -279,19 +253,32 @@ class Comparison:
             save()
             self.reporter.note(f"  {text.name}: perplexity {found.perplexity:.4f}")
 
-    def _row(self, method: Method, record: dict[str, Any]) -> dict[str, Any]:
+    def _lacking(self, record: dict[str, Any]) -> list[Text]:
+        """The texts that a method is not measured on yet."""
+        return [text for text in self.measuring.texts if self.measuring.key(text) not in record["texts"]]
+
+    def _row(self, method: Method) -> dict[str, Any] | None:
+        """What is known of a method, all of it or why it is not more; None where its turn has not come."""
+        record = self.folder.record(method.key)
+        lacking = self._lacking(record)
+        failed = self.failed.get(method.key) or (record.get("failed") if lacking else None)
+        if lacking and not failed:
+            return None
+        # A file may have another name than when it was measured.
+        found = [(record["texts"].get(self.measuring.key(text)), text.name) for text in self.measuring.texts]
         row: dict[str, Any] = {
             "label": method.label,
             "method": method.text,
             "key": method.key,
             "recipe": method.recipe and method.recipe.to_dict(),
-            "measured": [record["texts"][self.measuring.key(text)] for text in self.measuring.texts],
+            "failed": failed,
+            "measured": [entry and entry | {"text": name} for entry, name in found],
             "layers": record.get("layers", []),
             "after": record.get("after", {}),
             "quantize_seconds": record["seconds"] if method.recipe else None,
         }
         if method.recipe is not None:
-            return row | record["sizes"]
+            return row | (record.get("sizes") or dict.fromkeys(SIZES))
         weights = [self.checkpoint.info(f"{layer.name}.weight") for layer in self.sizes.layers]
         stored = sum(info.elements * TORCH_DTYPES[info.dtype].itemsize * 8 for info in weights)
         return row | {
@@ -302,19 +289,27 @@ class Comparison:
             "outliers": None,
         }
 
-    def _results(self, rows: list[dict[str, Any]], measured: dict[str, Any]) -> dict[str, Any]:
+    def _results(self, shared: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
         """Rows with their excess over the original, where it was asked for, and what they share."""
-        originals = [row for row in rows if row["recipe"] is None]
+        found = [(method, self._row(method)) for method in self.methods]
+        rows = [row for _, row in found if row is not None]
+        originals = [row["measured"] for row in rows if row["recipe"] is None]
+        before = (
+            [entry and entry["loss"] for entry in originals[0]] if originals else [None] * len(self.measuring.texts)
+        )
         for row in rows:
-            for number, entry in enumerate(row["measured"]):
+            for entry, loss in zip(row["measured"], before, strict=True):
+                if entry is None:
+                    continue
                 if not math.isfinite(entry["perplexity"]):
                     entry["perplexity"] = None
-                entry["excess"] = entry["loss"] - originals[0]["measured"][number]["loss"] if originals else None
+                entry["excess"] = None if loss is None else entry["loss"] - loss
         return {
             "kind": "comparison",
             "titles": list(self.titles),
             "skipped": list(self.skipped),
-            **read_json(self.output / SHARED_NAME, RunError),
+            "unfinished": [method.label for method, row in found if row is None],
+            **shared,
             "parameters": self.sizes.parameters,
             "linear_weights": self.sizes.linear_weights,
             "texts": [{"name": text.name, "sha256": text.sha256} for text in self.measuring.texts],
@@ -322,6 +317,15 @@ class Comparison:
             "before": activations.before(measured),
             "activations_on": measured["on"],
         }
+
+
+def _check_calibration(method: Method, plan: Plan, tokens: Tensor, text: Text) -> None:
+    """Raises TextError where the calibration text has no segment of the length that the method asks for."""
+    asked = plan.recipe.calibration
+    try:
+        random_windows(tokens, asked.sequences, plan.length, asked.seed, text)
+    except TextError as error:
+        raise TextError(f"method {method.text!r}: {error} (--length)") from None
 
 
 def _sizes(made: Plan, layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -29,10 +29,11 @@ class Method:
 
     @property
     def key(self) -> str:
-        """A name for files: equal for equal recipes alone."""
+        """A plain name for files, whatever the recipe is called: equal for equal recipes alone."""
         if self.recipe is None:
             return ORIGINAL
-        return f"{self.recipe.name}-{hashlib.sha256(self.recipe.to_json().encode()).hexdigest()[:10]}"
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", self.recipe.name)[:40].strip("-.") or "recipe"
+        return f"{name}-{hashlib.sha256(self.recipe.to_json().encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def choose(words: Iterable[str], common: Mapping[str, Any], columns: int) -> tup
     """What `--methods` asks for: the methods, the titles of the grids among them, and the names that do not exist.
 
     columns  inputs of the model's narrowest layer; the grids scale by it
+
+    Raises RecipeError for options that do not go with their method, and for those behind a grid.
     """
     asked: list[tuple[str, str]] = []
     titles = []
@@ -168,6 +171,11 @@ def choose(words: Iterable[str], common: Mapping[str, Any], columns: int) -> tup
         if word in GRIDS:
             titles.append(GRIDS[word].title)
             asked.extend(GRIDS[word].rows(columns))
+        elif (name := word.partition(":")[0].strip()) in GRIDS:
+            raise RecipeError(
+                f"--methods {word!r}: {name} is a grid, a list of methods that have their own options, and takes none;"
+                f" write {name} alone, or methods by name, for example bwa:weights.bits=3"
+            )
         else:
             asked.append((" ".join(split_commas(word.replace(":", " ", 1))), word))
     methods: list[Method] = []

@@ -76,11 +76,12 @@ def comparison_page(results: dict[str, Any]) -> Page:
     model = results["model"]["name"]
     quantized = [row for row in results["methods"] if row["recipe"] is not None]
     count = f"{len(quantized)} method{'' if len(quantized) == 1 else 's'}"
-    sections = [_quality(results)] if quantized else []
-    if quantized:
-        titled = [(f"{number}. {row['label']}", row["layers"])
-                  for number, row in enumerate(results["methods"], 1) if row["recipe"]]  # fmt: skip
-        mixed = [bool(row["recipe"].get("allocate") or row["recipe"].get("sites")) for row in quantized]
+    sections = _quality(results)
+    # A method that failed before its artifact was made has no layers.
+    made = [(f"{number}. {row['label']}", row) for number, row in enumerate(results["methods"], 1) if row["layers"]]
+    if made:
+        titled = [(title, row["layers"]) for title, row in made]
+        mixed = [bool(row["recipe"].get("allocate") or row["recipe"].get("sites")) for _, row in made]
         sections += [*bits_section(list(compress(titled, mixed))), error_section(titled)]
     sections.append(_activations(results))
     settings = [
@@ -99,13 +100,17 @@ def comparison_page(results: dict[str, Any]) -> Page:
     )
 
 
-def _quality(results: dict[str, Any]) -> Section:
+def _quality(results: dict[str, Any]) -> list[Section]:
+    """A figure for each text that a quantized model has a finite perplexity on; nothing where there is none."""
     originals = [row for row in results["methods"] if row["recipe"] is None]
     drawn = []
     for index, name in enumerate(tables.text_names(results)):
         points = tables.points(results, index)
-        original = originals[0]["measured"][index]["perplexity"] if originals else None
-        left_out = sum(row["recipe"] is not None for row in results["methods"]) - len(points)
+        if not points:
+            continue
+        measured = originals[0]["measured"][index] if originals else None
+        original = measured and measured["perplexity"]
+        left_out = sum(bool(row["recipe"] and row["measured"][index]) for row in results["methods"]) - len(points)
         caption = f"{left_out} with infinite perplexity not shown." if left_out else ""
         drawn.append(Figure(figures.quality_against_bits(f"quality{index}", points, original), name, caption))
         # A broken method squeezes all others into a corner.
@@ -114,12 +119,11 @@ def _quality(results: dict[str, Any]) -> Section:
         if len(near) > 1 and any(perplexity > 4 * best for _, _, perplexity in points):
             closer = figures.quality_against_bits(f"closer{index}", near, original)
             drawn.append(Figure(closer, f"{name}, closer", "Perplexities up to twice the lowest quantized one."))
-    return Section(
-        "Perplexity against honest bits",
+    text = (
         "Numbers are those of the table. The line is the Pareto front: its methods (circles) have none below them that"
-        " needs no more bits. Lower and further left is better.",
-        drawn,
+        " needs no more bits. Lower and further left is better."
     )
+    return [Section("Perplexity against honest bits", text, drawn)] if drawn else []
 
 
 def error_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> Section:
@@ -215,8 +219,9 @@ def flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _protocols(results: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (f"protocol, method {number}", row["measured"][0]["protocol"])
+        (f"protocol, method {number}", next(entry["protocol"] for entry in row["measured"] if entry))
         for number, row in enumerate(results["methods"], 1)
+        if any(row["measured"])
     ] + [(f"text {text['name']}", f"sha256 {text['sha256']}") for text in results["texts"]]
 
 

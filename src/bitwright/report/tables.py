@@ -48,10 +48,13 @@ def perplexity_word(value: float | None) -> str:
 
 
 def widths(row: dict[str, Any]) -> str:
-    """Bits of weights, activations and cache, as `2/4/4`, or `2 to 3/4/4` where sites have bits of their own."""
+    """Bits of weights, activations and cache, as `2/4/4`, or `2 to 3/4/4` where sites have bits of their own; nothing
+    where no artifact was made."""
     recipe = row["recipe"]
     if recipe is None:
         return f"{row['linear_bits']:.0f}/16/16"
+    if row["weight_bits"] is None:
+        return ""
     return "/".join(
         [row["weight_bits"], *(str((recipe[part] or {"bits": 16})["bits"]) for part in ("activations", "kv"))]
     )
@@ -61,9 +64,9 @@ def points(results: dict[str, Any], text: int) -> list[tuple[int, float, float]]
     """(number in the table, honest bits of the linears, perplexity) of the quantized models where it is finite."""
     found = []
     for number, row in enumerate(results["methods"], 1):
-        perplexity = row["measured"][text]["perplexity"]
-        if row["recipe"] is not None and perplexity is not None:
-            found.append((number, row["linear_bits"], perplexity))
+        measured = row["measured"][text]
+        if row["recipe"] is not None and measured and measured["perplexity"] is not None:
+            found.append((number, row["linear_bits"], measured["perplexity"]))
     return found
 
 
@@ -88,18 +91,19 @@ def comparison_table(results: dict[str, Any]) -> Table:
     rows = []
     for number, row in enumerate(methods, 1):
         low, high = row["outliers"] or (None, None)
-        cells = [f"{number}. {row['label']}", widths(row)]
+        failed = f" (failed: {row['failed']})" if row["failed"] else ""
+        cells = [f"{number}. {row['label']}{failed}", widths(row)]
         cells.append("" if low is None else str(low) if low == high else f"{low} to {high}")
-        cells += [f"{row['linear_bits']:.4f}", f"{row['model_bits']:.4f}"]
-        if claimed:
-            cells.append("" if row["claimed_bits"] is None else f"{row['claimed_bits']:.4f}")
+        kinds = ["linear_bits", "model_bits", *(["claimed_bits"] if claimed else [])]
+        cells += ["" if row[kind] is None else f"{row[kind]:.4f}" for kind in kinds]
         marked = set()
         for measured, front in zip(row["measured"], fronts, strict=True):
             if number in front:
                 marked.add(len(cells))
-            cells.append(perplexity_word(measured["perplexity"]))
+            cells.append(perplexity_word(measured["perplexity"]) if measured else "failed")
             if with_excess:
-                cells.append("" if row["recipe"] is None else f"{measured['excess']:.4f}")
+                excess = measured and measured["excess"]
+                cells.append("" if row["recipe"] is None or excess is None else f"{excess:.4f}")
         cells.append("" if row["quantize_seconds"] is None else f"{row['quantize_seconds']:.0f}")
         rows.append(Row(cells, frozenset(marked)))
     notes = [
@@ -113,6 +117,8 @@ def comparison_table(results: dict[str, Any]) -> Table:
         )
     if skipped := results["skipped"]:
         notes.append(f"Left out, because they are no presets or do not fit the model: {', '.join(skipped)}.")
+    if unfinished := results["unfinished"]:
+        notes.append(f"Not measured yet: {', '.join(unfinished)}; the same command goes on.")
     if with_excess:
         notes.append("Excess = ln(perplexity / perplexity of the original), on the same text and protocol.")
     if claimed:
@@ -123,15 +129,17 @@ def comparison_table(results: dict[str, Any]) -> Table:
 CSV_COLUMNS = (
     "label", "method", "text", "text_sha256", "perplexity", "excess", "bits_per_byte", "loss", "tokens", "windows",
     "linear_bits", "claimed_bits", "model_bits", "bytes", "quantize_seconds", "evaluate_seconds", "protocol",
+    "failed",
 )  # fmt: skip
 
 
 def to_csv(results: dict[str, Any]) -> str:
-    """A line for each method and text, all figures in full."""
+    """A line for each method and text, all figures in full; `failed` says why a method has none."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in results["methods"]:
-        for measured in row["measured"]:
-            writer.writerow(row | measured | {"evaluate_seconds": measured["seconds"]})
+        for text, measured in zip(results["texts"], row["measured"], strict=True):
+            found = measured or {"text": text["name"], "text_sha256": text["sha256"]}
+            writer.writerow(row | found | {"evaluate_seconds": found.get("seconds")})
     return out.getvalue()
