@@ -127,6 +127,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, "atom", {}) for model in MODELS],
     # Two bits: symmetric inputs on the kernels.
     *[(model, "atom", {"weights.bits": 2}) for model in MODELS],
+    ("llama_biases", "atom", {"weights.rows_a_scale": 2}),
     ("mistral", "atom", {"weights.bits": 2, "weights.symmetric": False, "activations.clip": 1.0}),
     ("llama", "bwa", {"activations": {"bits": 8, "balance": "none", "symmetric": True}}),
 ]

@@ -191,7 +191,11 @@ def solve(weights: Tensor, hessian: Tensor, outliers: int, recipe: WeightRecipe)
     factor = np.linalg.cholesky(np.linalg.inv(hd)).T
     for start in range(0, normal, recipe.group or normal):
         stop = min(start + (recipe.group or normal), normal)
-        levels = [search(list(work[j, start:stop]), list(h[start:stop]), recipe) for j in range(rows)]
+        levels = []
+        for j in range(rows):
+            first = j - j % recipe.rows_a_scale
+            sharing = work[first : first + recipe.rows_a_scale, start:stop]
+            levels.append(search([w for row in sharing for w in row], list(h[start:stop]) * len(sharing), recipe))
         if recipe.feedback == "column":
             for i in range(start, stop):
                 result[:, i] = [levels[j][rank_of(work[j, i], levels[j])] for j in range(rows)]

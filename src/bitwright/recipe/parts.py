@@ -54,6 +54,9 @@ class WeightRecipe(Part):
     clip: float = Field(
         1.0, gt=0.0, le=1.0, description="levels = uniform: share of the range that the grid spans; 1 with range = mse"
     )
+    rows_a_scale: int = Field(
+        1, ge=1, le=2, description="symmetric: rows next to each other whose grid is found together (Atom: 2)"
+    )
     importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
     )
@@ -120,6 +123,11 @@ class WeightRecipe(Part):
             raise ValueError(f"{key} is for levels = 'uniform' alone; leave it out with levels = '{self.levels}'")
         if self.clip != 1.0 and self.range != "minmax":
             raise ValueError(f"clip = {self.clip} is what range = '{self.range}' searches for; write clip = 1")
+        if self.rows_a_scale != 1 and self.kind != "symmetric":
+            raise ValueError(
+                f"rows_a_scale = {self.rows_a_scale} is for levels = 'uniform' with symmetric = true alone;"
+                " write rows_a_scale = 1"
+            )
         if self.refine and self.kind != "free":
             raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
         return self

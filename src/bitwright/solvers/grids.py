@@ -10,11 +10,31 @@ import torch
 from torch import Tensor
 
 from bitwright.codebook import symmetric_levels
+from bitwright.recipe import WeightRecipe
 from bitwright.solvers.levels import FP16_MAX, GridLevels
 
 # The search of GPTQ's quantizer: shares 1, 0.99, .. 0.21 of the range, the error to the power of 2.4.
 SHARES = tuple(1 - step / 100 for step in range(80))
 NORM = 2.4
+
+
+def grids_of(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
+    """The grid of each row of fp32 [rows, width] as the recipe asks for it.
+
+    With `rows_a_scale` = 2 the first and second row, the third and fourth have the grid of their weights together
+    (Atom, its code); a last row without a neighbour has its own.
+    """
+    rows, width = block.shape
+    together = recipe.rows_a_scale
+    options = (recipe.bits, recipe.symmetric, recipe.range == "mse")
+    if together == 1:
+        return uniform_grid(block, *options, importance, recipe.clip)
+    whole = rows // together * together
+    joined = block[:whole].reshape(whole // together, together * width)
+    shared = uniform_grid(joined, *options, importance.repeat(together), recipe.clip)
+    alone = uniform_grid(block[whole:], *options, importance, recipe.clip)
+    scale = torch.cat([shared.scale.repeat_interleave(together), alone.scale])
+    return GridLevels(symmetric_levels(recipe.bits).expand(rows, -1), scale)
 
 
 def uniform_grid(

@@ -34,8 +34,8 @@ def available(*tensors: Tensor) -> bool:
 
 
 def serves(recipe: WeightRecipe) -> bool:
-    """Whether the native code knows this search; the grid that errs least is searched for in torch."""
-    return recipe.levels in SEARCHES and recipe.range == "minmax"
+    """Whether the native code knows this search; the grid that errs least, and one for two rows, are found in torch."""
+    return recipe.levels in SEARCHES and recipe.range == "minmax" and recipe.rows_a_scale == 1
 
 
 def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
