@@ -48,6 +48,11 @@ class WeightRecipe(Part):
         0.75, ge=0.0, allow_inf_nan=False, description="lambda of WGM: a group of m weights costs penalty / m more"
     )
     symmetric: bool = Field(False, description="levels = uniform: the range is -max..max, and no zero point is stored")
+    scale: Literal["span", "max"] = Field(
+        "span",
+        description="symmetric: span: 2 max / (2**bits - 1), the levels span the range (GPTQ, Atom); max:"
+        " max / (2**(bits - 1) - 1), the largest magnitude is a level (QuaRot)",
+    )
     range: Literal["minmax", "mse"] = Field(
         "minmax", description="levels = uniform: the grid spans the extremes, or the share of them that errs least"
     )
@@ -127,6 +132,11 @@ class WeightRecipe(Part):
             raise ValueError(
                 f"rows_a_scale = {self.rows_a_scale} is for levels = 'uniform' with symmetric = true alone;"
                 " write rows_a_scale = 1"
+            )
+        if self.scale != "span" and (self.kind != "symmetric" or self.bits == 1):
+            raise ValueError(
+                f"scale = '{self.scale}' is for levels = 'uniform' with symmetric = true and 2 bits or more;"
+                " write scale = 'span'"
             )
         if self.refine and self.kind != "free":
             raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
@@ -243,6 +253,11 @@ class CalibrationRecipe(Part):
     reforward: bool = Field(
         False,
         description="solve the sites of a block one after the other, each on inputs that the solved ones before gave",
+    )
+    quantizers: bool = Field(
+        True,
+        description="inputs of sites, keys and values are quantized while weights are solved, too; false: only in use"
+        " (QuaRot)",
     )
     asymmetry: float = Field(
         0.0,

@@ -166,6 +166,10 @@ class Recipe(Part):
             del data["sites"]
         if self.weights.clip == 1.0:
             del data["weights"]["clip"]
+        if self.weights.scale == "span":
+            del data["weights"]["scale"]
+        if self.calibration.quantizers:
+            del data["calibration"]["quantizers"]
         if self.weights.rows_a_scale == 1:
             del data["weights"]["rows_a_scale"]
         if self.weights.damping_over == "all":
