@@ -22,7 +22,7 @@ from bitwright.demo import run as demo
 from bitwright.demo.corpus import calibration_text
 from bitwright.errors import RecipeError
 from bitwright.pipeline.run import Silent
-from bitwright.pipeline.sensitivity import shrinkage
+from bitwright.pipeline.sensitivity import rows_of, shrinkage
 
 ALLOCATE = {"bits": [1, 2, 3, 4], "rows": 24, "tokens": 128}
 FEW = support.SMALL | {"allocate": ALLOCATE}
@@ -224,6 +224,17 @@ def test_shrinkage() -> None:
         common = float((share * wanted.double().sum(dim=1)).square().sum())
         assert common + rest * 512 / rows == pytest.approx(exact, rel=0.1)
     assert shrinkage(torch.zeros(3, 2), torch.ones(3, 2)) == (0.0, 6.0)
+
+
+def test_rows_that_share_a_scale_are_measured_together() -> None:
+    for rows, count in ((40, 12), (41, 12), (7, 100), (9, 1)):
+        alone, pairs = rows_of(rows, count).tolist(), rows_of(rows, count, 2).tolist()
+        assert len(alone) == min(count, rows)
+        for found in (alone, pairs):
+            assert found == sorted(set(found))
+            assert set(found) <= set(range(rows))
+        assert all(row ^ 1 in pairs for row in pairs if row ^ 1 < rows)
+        assert min(count, rows) <= len(pairs) + (rows % 2) <= count + 2
 
 
 def test_what_is_felt_is_what_a_site_costs(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, "quarot", {"weights.group": 32}) for model in (*MODELS, "qwen3")],
     # Two bits: on the kernels.
     ("llama", "quarot", {"weights.method": "bwa", "weights.bits": 2, "weights.levels": "em", "transform.seed": 5}),
+    # A symmetric scale a row and token.
+    (
+        "mistral",
+        "quarot",
+        {"weights.group": 0, "weights.symmetric": True, "weights.scale": "max", "activations.symmetric": True},
+    ),
     ("llama", "bwa", {"outer.embedding": 8, "outer.head": 8}),
     ("qwen2", "bwa", {"outer.embedding": 4, "outer.head": 4, "outer.group": 16}),
     ("mistral", "bwa", {"outer.embedding": 4, "outer.head": 8}),
@@ -127,6 +133,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *[(model, "atom", {}) for model in MODELS],
     # Two bits: symmetric inputs on the kernels.
     *[(model, "atom", {"weights.bits": 2}) for model in MODELS],
+    ("llama_biases", "atom", {"weights.rows_a_scale": 2}),
     ("mistral", "atom", {"weights.bits": 2, "weights.symmetric": False, "activations.clip": 1.0}),
     ("llama", "bwa", {"activations": {"bits": 8, "balance": "none", "symmetric": True}}),
 ]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitwright.activations import quantize_groups, quantize_site
+from bitwright.pipeline.block import ROW_CHUNK
 from bitwright.recipe import ActivationRecipe, WeightRecipe, preset
 from bitwright.reference import quantized_linear
 from bitwright.solvers import SOLVERS, factorize
@@ -81,6 +82,57 @@ def test_layer(bits: int, columns: int, outliers: int) -> None:
     """The whole layer: grids at 0.85 of the largest magnitude of the corrected weights, column by column, outliers."""
     asked = ATOM.weights.model_copy(update={"bits": bits, "group": 16 if columns < 128 else 128})
     compare(gaussian(6, columns, seed=bits), site(columns, seed=4), outliers, asked)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("span", [{"clip": 0.85}, {"range": "mse", "importance": "hessian"}])
+@pytest.mark.parametrize(("method", "feedback"), [("rtn", "none"), ("gptq", "column")])
+@pytest.mark.parametrize("rows", [1, 6, 7])
+def test_two_rows_share_a_scale(rows: int, method: Any, feedback: Any, span: dict[str, Any], bits: int) -> None:
+    """A last row without a neighbour is as it would be alone."""
+    recipe = WeightRecipe(
+        method=method,
+        bits=bits,
+        group=16,
+        levels="uniform",
+        feedback=feedback,
+        symmetric=True,
+        rows_a_scale=2,
+        **{"importance": "none", **span},
+    )
+    weights, hessian = gaussian(rows, 43, seed=bits), site(43, seed=4)
+    compare(weights, hessian, 4, recipe)
+    factor = factorize(hessian, recipe.damping, recipe.importance)
+    matrix = SOLVERS[method](weights, factor, 4, recipe)
+    assert matrix.scales is not None
+    assert torch.equal(matrix.scales[: rows // 2 * 2 : 2], matrix.scales[1::2])
+    single = SOLVERS[method](weights, factor, 4, recipe.model_copy(update={"rows_a_scale": 1}))
+    assert single.scales is not None
+    assert rows == 1 or not torch.equal(matrix.scales, single.scales)
+    if rows % 2:
+        assert torch.equal(matrix.scales[-1], single.scales[-1])
+        last = SOLVERS[method](weights[-1:], factor, 4, recipe)
+        assert torch.equal(matrix.planes[:, -1:], last.planes)
+    # The format is the same, and so are its bits.
+    assert {name: tensor.shape for name, tensor in matrix.tensors().items()} == {
+        name: tensor.shape for name, tensor in single.tensors().items()
+    }
+
+
+def test_a_unit_of_work_parts_no_two_rows() -> None:
+    assert ROW_CHUNK % 2 == 0
+
+
+def test_the_larger_row_sets_the_scale_of_two() -> None:
+    weights = torch.tensor([[3.0, -1.0, 0.2, 0.0, 0.9, 1.6, -2.0, 0.0], [0.5, -0.5, 0.2, 0.1, 0.3, 0.0, -6.0, 0.4]])
+    recipe = WeightRecipe(
+        method="rtn", bits=4, group=8, levels="uniform", feedback="none", symmetric=True, clip=0.85, rows_a_scale=2
+    )
+    matrix = SOLVERS["rtn"](weights, factorize(torch.eye(8), 0.01, "none"), 0, recipe)
+    assert matrix.scales is not None
+    assert matrix.scales.flatten().tolist() == pytest.approx([0.85 * 2 * 6 / 15] * 2, rel=5e-4)
+    codes = (matrix.dequantize() / matrix.scales.float()).round()
+    assert codes.tolist() == [[4.0, -1.0, 0.0, 0.0, 1.0, 2.0, -3.0, 0.0], [1.0, -1.0, 0.0, 0.0, 0.0, 0.0, -8.0, 1.0]]
 
 
 @pytest.mark.parametrize(("bits", "step"), [(2, 0.85 * 2 * 3 / 3), (4, 0.85 * 2 * 3 / 15)])

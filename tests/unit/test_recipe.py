@@ -79,7 +79,8 @@ def test_whole_numbers_where_fractions_are_expected_are_the_same_recipe() -> Non
 def test_options_that_came_later_are_left_out_where_they_change_nothing() -> None:
     """So that older versions read an artifact whose bytes they understand."""
     data = preset("bwa").to_dict()
-    assert "clip" not in data["weights"]
+    assert not {"clip", "rows_a_scale", "scale"} & data["weights"].keys()
+    assert "quantizers" not in data["calibration"]
     assert "symmetric" not in data["activations"]
     assert "outer" not in data
     data = preset("atom").to_dict()
@@ -194,6 +195,25 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"weights": {"range": "mse"}}, "range is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
     ({"weights": {"clip": 0.9}}, "clip is for levels = 'uniform' alone", "leave it out with levels = 'em'"),
     ({"weights": {"clip": 0}}, "weights.clip = 0", "greater than 0"),
+    ({"weights": {"scale": "max"}}, "scale = 'max' is for levels = 'uniform'", "write scale = 'span'"),
+    (
+        {"weights": {"levels": "uniform", "symmetric": True, "scale": "max", "bits": 1}},
+        "with symmetric = true and 2 bits or more",
+        "write scale = 'span'",
+    ),
+    ({"calibration": {"quantizers": "no"}}, "calibration.quantizers = 'no'", "valid boolean"),
+    ({"weights": {"rows_a_scale": 3}}, "weights.rows_a_scale = 3", "less than or equal to 2"),
+    ({"weights": {"rows_a_scale": 2}}, "rows_a_scale = 2 is for levels = 'uniform' with symmetric", "rows_a_scale = 1"),
+    (
+        {"weights": {"levels": "uniform", "rows_a_scale": 2}},
+        "rows_a_scale = 2 is for levels = 'uniform' with symmetric = true",
+        "write rows_a_scale = 1",
+    ),
+    (
+        {"weights": {"levels": "uniform", "symmetric": True, "rows_a_scale": 2}, "tune": {}},
+        "tune moves the scale of each row",
+        "write tune = none or weights.rows_a_scale = 1",
+    ),
     (
         {"weights": {"method": "rtn", "levels": "uniform", "feedback": "none", "clip": 0.9, "range": "mse"}},
         "clip = 0.9 is what range = 'mse' searches for",
@@ -277,6 +297,8 @@ def test_what_makes_one_preset_of_another(name: str, base: str) -> None:
         ("bitwright", {"tune": {"steps": 8}, "allocate.target": 2.5, "kv": None}),
         ("bwa", {"tune": {}, "sites": {"*.mlp.*": {"bits": 3, "group": None, "outliers": None}}}),
         ("atom", {"weights.clip": 1.0}),
+        ("atom", {"weights.rows_a_scale": 2}),
+        ("quarot", {"weights.symmetric": True, "weights.scale": "max", "calibration.quantizers": False}),
     ],
 )
 def test_changes_are_the_options(name: str, options: dict[str, Any]) -> None:

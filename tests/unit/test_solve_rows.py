@@ -97,6 +97,31 @@ def test_equally_spaced_levels(method: Any, group: int, bits: int, symmetric: bo
     assert matrix.group == (group or 48)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("span", [{}, {"clip": 0.7}, {"range": "mse", "importance": "hessian"}, {"rows_a_scale": 2}])
+@pytest.mark.parametrize(("method", "group"), [("rtn", 16), ("gptq", 16), ("gptq", 0)])
+def test_the_largest_magnitude_is_a_level(method: Any, group: int, span: dict[str, Any], bits: int) -> None:
+    """QuaRot's symmetric grid: scale = max / (2**(bits - 1) - 1)."""
+    feedback: Any = "column" if method == "gptq" else "none"
+    recipe = WeightRecipe(
+        method=method,
+        bits=bits,
+        group=group,
+        levels="uniform",
+        feedback=feedback,
+        symmetric=True,
+        scale="max",
+        **{"importance": "none", **span},
+    )
+    weights, hessian = gaussian(6, 43, seed=33), site(43, seed=34)
+    compare(weights, hessian, 2, recipe)
+    if method == "rtn" and not span:
+        matrix = SOLVERS[method](weights, factorize(hessian, 0.01, "none"), 2, recipe)
+        assert matrix.kind == "symmetric"
+        found, largest = (part[:, :16].abs().amax(dim=1) for part in (matrix.dequantize(), weights))
+        assert torch.allclose(found, largest, rtol=1e-3)
+
+
 @pytest.mark.parametrize("feedback", MODES)
 @pytest.mark.parametrize(("columns", "outliers", "group"), [(16, 0, 8), (17, 1, 8), (9, 8, 8), (30, 3, 64), (8, 7, 8)])
 def test_shapes(feedback: Any, columns: int, outliers: int, group: int) -> None:

@@ -108,10 +108,13 @@ def on_grid(levels: Sequence[float]) -> list[float]:
     return [max(-127, min(127, round(level / scale))) * scale for level in levels]
 
 
-def uniform(weights: Sequence[float], bits: int, symmetric: bool = False, share: float = 1.0) -> list[float]:
+def uniform(
+    weights: Sequence[float], bits: int, symmetric: bool = False, share: float = 1.0, scale_by: str = "span"
+) -> list[float]:
     """Levels of the round-to-nearest grid of a row: scale (max - min) / (2**bits - 1), the range widened to 0.
 
-    Symmetric: range -max..max, zero point 2**(bits - 1); one bit: -max and max. `share` of the range is spanned.
+    Symmetric: range -max..max, zero point 2**(bits - 1); one bit: -max and max. `share` of the range is spanned. Scaled
+    by "max": integers -2**(bits - 1) .. 2**(bits - 1) - 1, the last of them the (share of the) largest magnitude.
     """
     low, high = min(*weights, 0.0), max(*weights, 0.0)
     if low == high:
@@ -120,6 +123,10 @@ def uniform(weights: Sequence[float], bits: int, symmetric: bool = False, share:
         high = max(-low, high)
         low = -high
     low, high = np.float32(share) * np.float32(low), np.float32(share) * np.float32(high)
+    if scale_by == "max":
+        half = 2 ** (bits - 1)
+        unit = float(np.float16(high / np.float32(half - 1)))
+        return [unit * integer for integer in range(-half, half)]
     if symmetric and bits == 1:
         return [-float(np.float16(high)), float(np.float16(high))]
     scale = float(np.float16((high - low) / (2**bits - 1)))
@@ -127,9 +134,11 @@ def uniform(weights: Sequence[float], bits: int, symmetric: bool = False, share:
     return [(code - zero) * scale for code in range(2**bits)]
 
 
-def least_error_grid(weights: Sequence[float], importance: Sequence[float], bits: int, symmetric: bool) -> list[float]:
+def least_error_grid(
+    weights: Sequence[float], importance: Sequence[float], bits: int, symmetric: bool, scale_by: str
+) -> list[float]:
     """Of the shares 1, 0.99 .. 0.21 of the range the one with the least sum of h |error|**2.4."""
-    grids = [uniform(weights, bits, symmetric, 1 - step / 100) for step in range(80)]
+    grids = [uniform(weights, bits, symmetric, 1 - step / 100, scale_by) for step in range(80)]
 
     def loss(levels: list[float]) -> float:
         errors = (min(abs(w - level) for level in levels) for w in weights)
@@ -141,9 +150,9 @@ def least_error_grid(weights: Sequence[float], importance: Sequence[float], bits
 def search(weights: Sequence[float], importance: Sequence[float], recipe: WeightRecipe) -> list[float]:
     count = 2**recipe.bits
     if recipe.levels == "uniform" and recipe.range == "mse":
-        return least_error_grid(weights, importance, recipe.bits, recipe.symmetric)
+        return least_error_grid(weights, importance, recipe.bits, recipe.symmetric, recipe.scale)
     if recipe.levels == "uniform":
-        return uniform(weights, recipe.bits, recipe.symmetric, recipe.clip)
+        return uniform(weights, recipe.bits, recipe.symmetric, recipe.clip, recipe.scale)
     if recipe.levels == "minmax":
         low, high = min(weights), max(weights)
         return on_grid([low + (high - low) * i / (count - 1) for i in range(count)])
@@ -191,7 +200,11 @@ def solve(weights: Tensor, hessian: Tensor, outliers: int, recipe: WeightRecipe)
     factor = np.linalg.cholesky(np.linalg.inv(hd)).T
     for start in range(0, normal, recipe.group or normal):
         stop = min(start + (recipe.group or normal), normal)
-        levels = [search(list(work[j, start:stop]), list(h[start:stop]), recipe) for j in range(rows)]
+        levels = []
+        for j in range(rows):
+            first = j - j % recipe.rows_a_scale
+            sharing = work[first : first + recipe.rows_a_scale, start:stop]
+            levels.append(search([w for row in sharing for w in row], list(h[start:stop]) * len(sharing), recipe))
         if recipe.feedback == "column":
             for i in range(start, stop):
                 result[:, i] = [levels[j][rank_of(work[j, i], levels[j])] for j in range(rows)]

@@ -35,7 +35,7 @@ from bitwright.solvers import (
     residual_correction,
 )
 
-ROW_CHUNK = 256
+ROW_CHUNK = 256  # even: two rows that share a scale are in one chunk
 
 
 def solve_sites(

@@ -39,7 +39,7 @@ from bitwright.pipeline.plan import Plan, plan_for
 from bitwright.pipeline.reporter import Reporter as Reporter
 from bitwright.pipeline.reporter import Silent as Silent
 from bitwright.pipeline.search import PackedBlocks, Ratios
-from bitwright.pipeline.searching import FINAL, Searching, SearchStage, embed_windows
+from bitwright.pipeline.searching import FINAL, Searching, SearchStage, asked_ratios, embed_windows
 from bitwright.pipeline.source import Source, expand_for
 from bitwright.pipeline.state import RunDirectory, RunState
 from bitwright.pipeline.sums import measure_energy
@@ -154,7 +154,10 @@ class _Run:
                 self.directory.restart()
             state = self.directory.load()
             if state is None:
-                check_disk(self.plan.work_disk + self.searching.disk(self.skeleton.width), self.directory.path)
+                check_disk(
+                    self.plan.work_disk + self.searching.disk(self.skeleton.width, self.windows.numel()),
+                    self.directory.path,
+                )
             else:
                 self.directory.check(state, facts)
                 self.directory.clean(state)
@@ -391,8 +394,9 @@ class _Run:
         state.shards[name] = asdict(write_shard(self.directory.artifact / name, tensors))
 
     def _search(self, state: RunState, calls: list[dict[str, Any]], workers: Workers) -> Ratios:
-        """Clip ratios of everything, and the quantized stream as it is with them; nothing where none are asked for."""
-        if not self.searching.asked:
+        """Clip ratios of everything where they are searched, nothing else; and the quantized stream as it is with
+        them, or with those of the recipe where nothing was quantized beside the weights yet."""
+        if not self.searching.deferred:
             return {}
         stage = SearchStage(
             PackedBlocks(self.skeleton, self.plan, self.directory.artifact, calls, workers),
@@ -400,14 +404,15 @@ class _Run:
             lambda part: with_outer_quantized(self.skeleton, self.source.outer(part), self.plan.outer),
             self.directory.path,
             state.search,
-            self.reporter.searching,
+            self.reporter.searching if self.searching.asked else lambda *_: None,
             lambda: self.directory.save(state),
         )
-        ratios = stage.ratios()
+        found = stage.ratios() if self.searching.asked else {}
+        ratios = found or asked_ratios(self.skeleton, self.recipe)
         if state.streams["quantized"] != FINAL:
             stage.apply(ratios, self.windows, self.directory.path / FINAL)
             self._seal(state, {"quantized": FINAL})
-        return ratios
+        return found
 
     def _write_log(self, state: RunState) -> None:
         entries = [*state.log, *({name: part} for name, part in self._summary(state).items())]

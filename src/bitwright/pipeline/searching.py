@@ -1,8 +1,9 @@
 """The search for clip ratios as a stage of a run: behind the last block, before what the run measures of itself.
 
-Where a recipe asks for a search, weights are solved as if activations and cache were never quantized (as GBS's and
-QuaRot's code does: ratios that are not known yet cannot be in the statistics). What was found is written down after
-each target, so that a run that is broken off goes on with the next one.
+Where a recipe asks for a search, or for no `calibration.quantizers`, weights are solved as if activations and cache
+were never quantized (as GBS's and QuaRot's code does: ratios that are not known yet cannot be in the statistics). A
+last pass of the quantized stream then has them all. What was found is written down after each target, so that a run
+that is broken off goes on with the next one.
 """
 
 from __future__ import annotations
@@ -28,20 +29,27 @@ FINAL = "stream-final.f32"
 
 
 class Searching:
-    """What a recipe asks of a search: the windows to measure on, and the recipe that the weights are solved by."""
+    """What a recipe asks of a search: the windows to measure on, and the recipe that the weights are solved by.
+
+    deferred  what is quantized beside the weights is quantized in a last pass
+    """
 
     def __init__(self, recipe: Recipe, tokens: Tensor, length: int, text: Text) -> None:
         self.asked = recipe.search.method != "none"
         self.solving = recipe
-        if self.asked:
+        something = recipe.activations is not None or recipe.kv is not None
+        self.deferred = self.asked or (something and not recipe.calibration.quantizers)
+        if self.deferred:
             off = {"activations": None, "kv": None, "search": SearchRecipe()}
             self.solving = recipe.model_copy(update=off)
+        if self.asked:
             count = max(length, int(len(tokens) * recipe.search.share))
             self.windows = consecutive_windows(tokens[:count], length, None, text, "calibration.length")
 
-    def disk(self, width: int) -> int:
-        """Bytes of the four files of hidden states."""
-        return 4 * 4 * self.windows.numel() * width if self.asked else 0
+    def disk(self, width: int, tokens: int) -> int:
+        """Bytes of the files of hidden states: four of a search, two of the last pass over the run's `tokens`."""
+        search = 4 * 4 * self.windows.numel() * width if self.asked else 0
+        return max(search, 2 * 4 * tokens * width if self.deferred else 0)
 
 
 @dataclass
@@ -109,6 +117,14 @@ class SearchStage:
             self.report("all, the last pass", self.total, self.total, None)
         first.replace(path)
         second.unlink(missing_ok=True)
+
+
+def asked_ratios(skeleton: Skeleton, recipe: Recipe) -> Ratios:
+    """Every target with the clip that the recipe says."""
+    inputs = recipe.activations.clip if recipe.activations is not None else 1.0
+    cache = recipe.kv.clip if recipe.kv is not None else 1.0
+    names = [name for block in targets(skeleton, recipe) for name in block]
+    return {name: cache if name.endswith(f".{CACHE}") else inputs for name in names}
 
 
 def embed_windows(skeleton: Skeleton, values: dict[str, Tensor], windows: Tensor, path: Path) -> None:

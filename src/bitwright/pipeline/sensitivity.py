@@ -170,7 +170,8 @@ class Sensitivity:
         sites, prefix = self.skeleton.sites(index), self.skeleton.block_name(index)
         with torch.inference_mode(False):
             block, call = self.source.block(index), plain(self.calls[index])
-        rows = {linear.name: self._rows(linear) for site in sites for linear in site.linears}
+        chosen = (self.asked.rows, self.recipe.weights.rows_a_scale)
+        rows = {linear.name: rows_of(linear.rows, *chosen) for site in sites for linear in site.linears}
 
         def unit(place: int) -> _Seen:
             first = max(0, self.count * self.entry.shape[1] // 2 - place * self.entry.shape[1])
@@ -186,11 +187,6 @@ class Sensitivity:
             felt.append(self._site(f"{prefix}.", block, site, inputs, rows, seen))
             self.advance(0.6 / self.depth / len(sites))
         return felt, [sequence.before for sequence in seen]
-
-    def _rows(self, linear: LinearInfo) -> Tensor:
-        """The rows of a linear that stand for all of them."""
-        seed = torch.Generator().manual_seed(linear.rows)
-        return torch.randperm(linear.rows, generator=seed)[: self.asked.rows].sort().values
 
     def _site(
         self, prefix: str, block: nn.Module, site: SiteInfo, x: Tensor, rows: dict[str, Tensor], seen: list[_Seen]
@@ -252,6 +248,17 @@ class Sensitivity:
         total.sequences = self.count
         over = x.shape[1] - outliers if weights.damping_over == "normal" else None
         return factorize(total.finish(), weights.damping, weights.importance, self.workers.threads, over=over)
+
+
+def rows_of(rows: int, count: int, together: int = 1) -> Tensor:
+    """int64, ascending: about `count` of the `rows` of a linear, which stand for all of them.
+
+    Of two rows that are solved `together` none comes without the other.
+    """
+    seed = torch.Generator().manual_seed(rows)
+    places = torch.randperm(-(-rows // together), generator=seed)[: -(-count // together)].sort().values
+    found = (places.unsqueeze(1) * together + torch.arange(together)).flatten()
+    return found[found < rows]
 
 
 def shrinkage(wanted: Tensor, found: Tensor) -> tuple[float, float]:

@@ -48,11 +48,19 @@ class WeightRecipe(Part):
         0.75, ge=0.0, allow_inf_nan=False, description="lambda of WGM: a group of m weights costs penalty / m more"
     )
     symmetric: bool = Field(False, description="levels = uniform: the range is -max..max, and no zero point is stored")
+    scale: Literal["span", "max"] = Field(
+        "span",
+        description="symmetric: span: 2 max / (2**bits - 1), the levels span the range (GPTQ, Atom); max:"
+        " max / (2**(bits - 1) - 1), the largest magnitude is a level (QuaRot)",
+    )
     range: Literal["minmax", "mse"] = Field(
         "minmax", description="levels = uniform: the grid spans the extremes, or the share of them that errs least"
     )
     clip: float = Field(
         1.0, gt=0.0, le=1.0, description="levels = uniform: share of the range that the grid spans; 1 with range = mse"
+    )
+    rows_a_scale: int = Field(
+        1, ge=1, le=2, description="symmetric: rows next to each other whose grid is found together (Atom: 2)"
     )
     importance: Literal["none", "hessian", "inverse", "conditional"] = Field(
         "conditional", description="weight h_i of a column: 1, H_ii, 1/P_ii or 1/U_ii^2 (erratum E6)"
@@ -120,6 +128,16 @@ class WeightRecipe(Part):
             raise ValueError(f"{key} is for levels = 'uniform' alone; leave it out with levels = '{self.levels}'")
         if self.clip != 1.0 and self.range != "minmax":
             raise ValueError(f"clip = {self.clip} is what range = '{self.range}' searches for; write clip = 1")
+        if self.rows_a_scale != 1 and self.kind != "symmetric":
+            raise ValueError(
+                f"rows_a_scale = {self.rows_a_scale} is for levels = 'uniform' with symmetric = true alone;"
+                " write rows_a_scale = 1"
+            )
+        if self.scale != "span" and (self.kind != "symmetric" or self.bits == 1):
+            raise ValueError(
+                f"scale = '{self.scale}' is for levels = 'uniform' with symmetric = true and 2 bits or more;"
+                " write scale = 'span'"
+            )
         if self.refine and self.kind != "free":
             raise ValueError(f"refine needs free levels; write refine = 0 with levels = '{self.levels}'")
         return self
@@ -235,6 +253,11 @@ class CalibrationRecipe(Part):
     reforward: bool = Field(
         False,
         description="solve the sites of a block one after the other, each on inputs that the solved ones before gave",
+    )
+    quantizers: bool = Field(
+        True,
+        description="inputs of sites, keys and values are quantized while weights are solved, too; false: only in use"
+        " (QuaRot)",
     )
     asymmetry: float = Field(
         0.0,

@@ -111,6 +111,11 @@ class Recipe(Part):
                 f"tune is for one codebook a row and group, and method '{self.weights.method}' has {what};"
                 " write tune = none"
             )
+        if self.weights.rows_a_scale != 1:
+            raise ValueError(
+                f"tune moves the scale of each row by itself, and weights.rows_a_scale = {self.weights.rows_a_scale};"
+                " write tune = none or weights.rows_a_scale = 1"
+            )
         if self.search.method != "none":
             raise ValueError(
                 f"tune and search.method = '{self.search.method}' each start from the solved model;"
@@ -161,6 +166,12 @@ class Recipe(Part):
             del data["sites"]
         if self.weights.clip == 1.0:
             del data["weights"]["clip"]
+        if self.weights.scale == "span":
+            del data["weights"]["scale"]
+        if self.calibration.quantizers:
+            del data["calibration"]["quantizers"]
+        if self.weights.rows_a_scale == 1:
+            del data["weights"]["rows_a_scale"]
         if self.weights.damping_over == "all":
             del data["weights"]["damping_over"]
         if self.activations is not None and not self.activations.symmetric:

@@ -17,7 +17,7 @@ from bitwright.codebook import CodebookMatrix, code_of_rank
 from bitwright.packing import pack_planes
 from bitwright.recipe import WeightRecipe
 from bitwright.solvers import native
-from bitwright.solvers.grids import round_on_grid, uniform_grid
+from bitwright.solvers.grids import grids_of, round_on_grid
 from bitwright.solvers.hessian import Factor
 from bitwright.solvers.levels import (
     FP16_MAX,
@@ -49,7 +49,7 @@ def find_levels(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> Grid
 def find_levels_reference(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
     """`find_levels` in torch, for any dtype: the oracle of the native code."""
     if recipe.levels == "uniform":
-        return uniform_grid(block, recipe.bits, recipe.symmetric, recipe.range == "mse", importance, recipe.clip)
+        return grids_of(block, importance, recipe)
     if recipe.levels == "minmax":
         return snap(minmax_levels(block, recipe.bits))
     if recipe.levels == "dp":
@@ -103,7 +103,8 @@ def _assign_by_column(block: Tensor, rounded: Rounding, upper: Tensor) -> tuple[
 
 
 def solve_rows(weights: Tensor, factor: Factor, outliers: int, recipe: WeightRecipe) -> CodebookMatrix:
-    """Quantize rows fp32 [rows, columns] in site order; rows do not influence each other.
+    """Quantize rows fp32 [rows, columns] in site order; rows do not influence each other, but for two that share a
+    scale (`rows_a_scale`): the first and second, the third and fourth.
 
     Returns the CodebookMatrix without a permutation. `weights` is not changed. The native kernels do it where they are
     there and the tensors are what they read (solvers/native.py); `solve_rows_reference` does it anywhere.

@@ -6,15 +6,43 @@ codes of 5 to 8 bits affordable.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bitwright.codebook import symmetric_levels
+from bitwright.recipe import WeightRecipe
 from bitwright.solvers.levels import FP16_MAX, GridLevels
 
 # The search of GPTQ's quantizer: shares 1, 0.99, .. 0.21 of the range, the error to the power of 2.4.
 SHARES = tuple(1 - step / 100 for step in range(80))
 NORM = 2.4
+
+
+def grids_of(block: Tensor, importance: Tensor, recipe: WeightRecipe) -> GridLevels:
+    """The grid of each row of fp32 [rows, width] as the recipe asks for it.
+
+    With `rows_a_scale` = 2 the first and second row, the third and fourth have the grid of their weights together
+    (Atom, its code); a last row without a neighbour has its own.
+    """
+    rows, width = block.shape
+    together = recipe.rows_a_scale
+    find = partial(
+        uniform_grid,
+        bits=recipe.bits,
+        symmetric=recipe.symmetric,
+        search=recipe.range == "mse",
+        clip=recipe.clip,
+        max_is_level=recipe.scale == "max",
+    )
+    if together == 1:
+        return find(block, importance=importance)
+    whole = rows // together * together
+    joined = block[:whole].reshape(whole // together, together * width)
+    shared, alone = find(joined, importance=importance.repeat(together)), find(block[whole:], importance=importance)
+    scale = torch.cat([shared.scale.repeat_interleave(together), alone.scale])
+    return GridLevels(symmetric_levels(recipe.bits).expand(rows, -1), scale)
 
 
 def uniform_grid(
@@ -24,14 +52,16 @@ def uniform_grid(
     search: bool = False,
     importance: Tensor | None = None,
     clip: float = 1.0,
+    max_is_level: bool = False,
 ) -> GridLevels:
     """The grid of each row of fp32 [rows, width].
 
     Asymmetric: scale = (max - min) / (2**bits - 1), zero = round(-min / scale), the range widened to contain 0.
     Symmetric: scale = 2 max|w| / (2**bits - 1), as GPTQ's code has it, and no zero point; with one bit max|w|, for
-    levels of -1 and 1. A row of zeros has the range -1..1. The grid spans `clip` times the range (Atom, 0.85), or with
-    `search` the ends are the share of these that makes
-    the sum of h |error|**2.4 least, h being `importance` fp32 [width] or 1; the first of equal ones, from 1 down.
+    levels of -1 and 1. `max_is_level`, symmetric with 2 bits or more: max|w| / (2**(bits - 1) - 1), QuaRot's. A row of
+    zeros has the range -1..1. The grid spans `clip` times the range (Atom, 0.85), or with `search` the ends are the
+    share of these that makes the sum of h |error|**2.4 least, h being `importance` fp32 [width] or 1; the first of
+    equal ones, from 1 down.
     """
     low, high = block.amin(dim=-1).clamp_max(0.0), block.amax(dim=-1).clamp_min(0.0)
     flat = (low == 0) & (high == 0)
@@ -39,11 +69,12 @@ def uniform_grid(
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    scale, zero = _grid(clip * low, clip * high, bits, symmetric)
+    form = (bits, symmetric, max_is_level)
+    scale, zero = _grid(clip * low, clip * high, *form)
     if search:
         least = torch.full_like(high, torch.inf)
         for share in SHARES:
-            candidate, point = _grid(share * low, share * high, bits, symmetric)
+            candidate, point = _grid(share * low, share * high, *form)
             loss = _loss(block, candidate, None if symmetric and bits == 1 else point, bits, importance)
             better = loss < least
             least = torch.where(better, loss, least)
@@ -54,12 +85,13 @@ def uniform_grid(
     return GridLevels(integers if bits == 8 else integers.to(torch.int8), scale, zero.to(torch.uint8))
 
 
-def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, max_is_level: bool) -> tuple[Tensor, Tensor]:
     """(scale fp16, zero fp32) [rows]; the zero of one symmetric bit means nothing."""
     top = 2**bits - 1
     if symmetric and bits == 1:
         return high.clamp(6e-8, FP16_MAX).to(torch.float16), high
-    scale = ((high - low) / top).clamp(6e-8, FP16_MAX).to(torch.float16)
+    step = high / (top // 2) if max_is_level else (high - low) / top
+    scale = step.clamp(6e-8, FP16_MAX).to(torch.float16)
     if symmetric:
         return scale, torch.full_like(high, 2.0 ** (bits - 1))
     return scale, torch.round(-low / scale.float()).clamp(0, top)

@@ -34,8 +34,10 @@ def available(*tensors: Tensor) -> bool:
 
 
 def serves(recipe: WeightRecipe) -> bool:
-    """Whether the native code knows this search; the grid that errs least is searched for in torch."""
-    return recipe.levels in SEARCHES and recipe.range == "minmax"
+    """Whether the native code knows this search; grids that err least, for two rows, or with the largest magnitude as
+    a level are found in torch."""
+    plain = recipe.range == "minmax" and recipe.rows_a_scale == 1 and recipe.scale == "span"
+    return recipe.levels in SEARCHES and plain
 
 
 def upper_factor(hessian: Tensor, shift: float, threads: int | None = None) -> Tensor | None:
