@@ -5,7 +5,8 @@
 
 Every row is quantized and measured by `bitwright compare`'s engine, on each calibration text (on brief ones the paper,
 the default and its tuning alone): killed, the same command goes on. `FILE@a:b` is the part of a file from the share a
-to the share b. Writes DIR/quality.md and DIR/quality.json.
+to the share b, or from character a to character b where b is above 1; `FILE+FILE` is one text of both. Writes
+DIR/quality.md and DIR/quality.json.
 """
 
 from __future__ import annotations
@@ -98,15 +99,22 @@ class Told(Silent):
         print(message, file=sys.stderr, flush=True)
 
 
-def read(word: str, join: str = "none") -> Text:
-    """`FILE` or `FILE@a:b`."""
+def read(words: str, join: str = "none") -> Text:
+    """`FILE`, `FILE@a:b`, or several of these with + between them."""
+    texts = [_part(word, join) for word in words.split("+")]
+    if len(texts) == 1:
+        return texts[0]
+    return text_of("+".join(text.name for text in texts), "\n\n".join(text.content for text in texts))
+
+
+def _part(word: str, join: str) -> Text:
     path, at, part = word.partition("@")
     text = read_text([path], join)
     if not at:
         return text
-    begin, _, end = part.partition(":")
-    count = len(text.content)
-    return text_of(f"{text.name}@{part}", text.content[int(float(begin) * count) : int(float(end) * count)])
+    begin, end = (float(bound) for bound in part.split(":"))
+    unit = len(text.content) if end <= 1 else 1
+    return text_of(f"{text.name}@{part}", text.content[int(begin * unit) : int(end * unit)])
 
 
 def table(section: str, found: list[dict[str, Any]], texts: list[str]) -> list[str]:
