@@ -37,7 +37,7 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model directories by the names in MODELS, and qwen3. Do not write to them."""
+    """Model directories by the names in MODELS, qwen3 and odd. Do not write to them."""
     root = tmp_path_factory.mktemp("models")
     common: dict[str, Any] = {
         "vocab_size": 300,
@@ -119,6 +119,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             ),
             torch.float32,
             6,
+        ),
+        # Sizes without a Hadamard matrix.
+        "odd": save(
+            root / "odd",
+            Qwen3Config(
+                **common
+                | {
+                    "hidden_size": 92,
+                    "intermediate_size": 184,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "head_dim": 24,
+                },
+                tie_word_embeddings=True,
+            ),
+            torch.bfloat16,
+            9,
         ),
         "llama_biases": save(
             root / "llama_biases",

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
 
 import bitwright
 import simulation
@@ -236,18 +235,8 @@ def test_broken_off_it_goes_on_to_the_same_bytes(
 # --- expansion --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen3, bfloat16, tied: sizes without a Hadamard matrix."""
-    config = Qwen3Config(
-        vocab_size=300, max_position_embeddings=128, num_hidden_layers=2, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1, hidden_size=92, intermediate_size=184, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=24, tie_word_embeddings=True,
-    )  # fmt: skip
-    return support.save_model(tmp_path_factory.mktemp("odd") / "odd", config, torch.bfloat16, 9)
-
-
-def test_an_expanded_artifact(odd: Path, calibration: Text, tmp_path: Path) -> None:
+def test_an_expanded_artifact(models: dict[str, Path], calibration: Text, tmp_path: Path) -> None:
+    odd = models["odd"]
     recipe = bitwright.preset("quarot").with_options(
         support.SMALL | {"transform.expansion": "hadamard", "weights.group": 32}
     )

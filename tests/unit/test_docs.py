@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("name", ["test_reference_training.py"])
+@pytest.mark.parametrize("name", ["test_reference_training.py", "test_wgm_bench.py"])
 def test_a_source_distribution_can_read_its_tests(name: str, tmp_path: Path) -> None:
     """It has no bench/: a file of tests of what is there is skipped, and no error of all tests."""
     path = Path(shutil.copy(ROOT / "tests" / name, tmp_path))
