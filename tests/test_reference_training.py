@@ -162,6 +162,11 @@ def test_a_long_text_meets_the_plain_loop_on_its_first_windows(
     assert row["same"] == pytest.approx(row["plain_loop"], rel=1e-3)
     assert row["same"] != row["perplexity"]
     assert f"({row['same']:.4f} by `eval`, first 2 windows)" in (model / "README.md").read_text()
+    # Or no more than so many windows are measured at all, and the card says so.
+    assert figures.main([str(model), "--text", str(text), "--windows", "2"]) == 0
+    cut = json.loads((model / "figures.json").read_text())[0]
+    assert (cut["perplexity"], cut["windows"]) == (row["same"], 2)
+    assert f"| `held-out.txt`, first 2 windows | {row['same']:.4f} |" in (model / "README.md").read_text()
 
 
 def test_shards_stay_small_and_replace_those_of_another_export(
