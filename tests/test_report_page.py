@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 import support
+from bitwright.calibration import Text
+from bitwright.report import activations, figures
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -130,9 +132,20 @@ def compared(
 
 
 @pytest.fixture(scope="module")
-def of_artifact(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_artifact(
+    artifact: Callable[..., Path],
+    models: dict[str, Path],
+    calibration_file: Path,
+    evaluation_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The page of an artifact with all that can be measured for it."""
     page = tmp_path_factory.mktemp("page") / "artifact.html"
-    outcome = support.run_cli("report", artifact(options={"sites": json.loads(MIXED)}), "--out", page)
+    outcome = support.run_cli(
+        *("report", artifact(options={"sites": json.loads(MIXED)}), "--out", page),
+        *("--model", models["llama"], "--calib", calibration_file),
+        *("--text", evaluation_file, "--text", calibration_file, "--window", "48", "--windows", "2"),
+    )
     assert outcome.code == 0, outcome.err
     return page
 
@@ -192,6 +205,103 @@ def test_the_page_says_what_the_card_says(
         assert f"{key}={'none' if value is None else value}" in (tmp_path / "page.html").read_text()
 
 
+def table(page: Path, title: str) -> list[list[str]]:
+    """Cells of the table under a heading, its headings first."""
+    found = re.search(rf"<h2>{title}</h2>(.*?)</table>", page.read_text(), re.DOTALL)
+    assert found
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_what_is_measured_for_the_page_is_what_eval_and_compare_measure(
+    of_artifact: Path,
+    compared: Path,
+    artifact: Callable[..., Path],
+    models: dict[str, Path],
+    evaluation_file: Path,
+    calibration: Text,
+) -> None:
+    heading, first, second = table(of_artifact, "Quality, measured for this page")
+    assert heading == ["text", "windows", "original", "quantized", "excess"]
+    assert (first[:2], second[:2]) == (
+        [evaluation_file.name, "2 × 48"],
+        ["calibration.txt (calibrated on: flatters)", "2 × 48"],
+    )
+    made, losses, text = artifact(options={"sites": json.loads(MIXED)}), {}, of_artifact.read_text()
+    for path, cell in ((models["llama"], first[2]), (made, first[3])):
+        found = support.run_cli("eval", path, "--text", evaluation_file, "--window", "48", "--windows", "2", "--json")
+        assert float(cell.replace(",", "")) == pytest.approx(found.json["perplexity"], abs=1)
+        losses[path] = found.json["loss"]
+    assert float(first[4]) == pytest.approx(losses[made] - losses[models["llama"]], abs=1e-3)
+    assert found.json["protocol"] in html.unescape(text)
+    assert text.count(f"sha256 {found.json['text_sha256']}") == 1
+    # What a comparison draws of these models and this text (test_compare_activations.py says whether it is right).
+    seen = activations.site_maxima(models["llama"], calibration)
+    curves = activations.before(seen), activations.after(seen, made, calibration)
+    before, after = ({int(key[0]): curve[key] for key in curve if key.endswith("/mlp_out")} for curve in curves)
+    assert sorted(before) == sorted(after) == [0, 1]
+    assert figures.activation_curves("activations0mlp_out", "mlp_out", before, after) in text
+    assert text.count("As quantized by this artifact.") == 4
+    section = re.search(r"<h2>Activations by channel</h2>\s*<p[^>]*>(.*?)</p>", text, re.DOTALL)
+    assert section
+    assert "on 8 random segments of 128 tokens of calibration.txt, measured for this page" in section[1]
+    assert "ethods that keep" not in section[1]
+    assert "Methods that keep the model's channels as they are" in html.unescape(compared.read_text())
+
+
+def test_a_page_measures_no_more_than_it_is_asked_for(
+    artifact: Callable[..., Path],
+    models: dict[str, Path],
+    evaluation_file: Path,
+    calibration_file: Path,
+    tmp_path: Path,
+) -> None:
+    page, plain = tmp_path / "page.html", artifact("mistral", "rtn")
+    assert support.run_cli("report", plain, "--out", page).code == 0
+    assert "measured for this page" not in page.read_text()
+    assert "Activations by channel" not in page.read_text()
+    assert support.run_cli("report", plain, "--out", page, "--text", evaluation_file, "--windows", "1").code == 0
+    assert table(page, "Quality, measured for this page")[0] == ["text", "windows", "quantized"]
+    assert "Activations by channel" not in page.read_text()
+    # Channels that stay where they are: the original's curves alone, and why.
+    kept = artifact("mistral", "bwa", {"weights.outliers": 0, "weights.order": "none"})
+    both = support.run_cli("report", kept, "--out", page, "--model", models["mistral"], "--calib", calibration_file)
+    assert both.code == 0, both.err
+    assert "it has no curves of its own" in page.read_text()
+    assert "as quantized" not in page.read_text()
+    assert page.read_text().count('aria-label="largest activation') == 4
+
+
+def test_clip_ratios_stand_under_settings(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"weights.group": 32, "weights.range": "minmax", "search.iterations": 1, "search.share": 0.02}
+    made, page = artifact("llama", "gbs", options), tmp_path / "page.html"
+    assert support.run_cli("report", made, "--out", page).code == 0
+    for entry in json.loads((made / "bitwright_manifest.json").read_text())["search"]:
+        said = f"<dt>{entry['target']}</dt><dd><code>{entry['ratio']:.5g}, after 2 evaluations</code></dd>"
+        assert said in page.read_text()
+    assert "searched by gbs" in page.read_text()
+
+
+def test_what_cannot_be_measured_for_a_page_is_refused(
+    artifact: Callable[..., Path], models: dict[str, Path], evaluation_file: Path, tmp_path: Path
+) -> None:
+    page, short = tmp_path / "page.html", tmp_path / "short.txt"
+    short.write_text("Too short.")
+    for options, message in (
+        (["--calib", evaluation_file], "--calib is for the activations before and after, which need the original"),
+        (["--model", models["llama"]], "--model has nothing to be measured on; add --text FILE"),
+        (["--windows", "3"], "--window and --windows say how perplexity is measured; add --text FILE"),
+        (["--model", models["llama_biases"], "--text", evaluation_file], "is not the model that"),
+        (["--model", tmp_path / "none", "--text", evaluation_file], "there is no model directory"),
+        (["--text", evaluation_file, "--text", short], "short.txt"),
+        (["--text", evaluation_file, "--dtype", "int8"], "dtype 'int8' is not one of"),
+    ):
+        outcome = support.run_cli("report", artifact(), "--out", page, *options)
+        assert outcome.code == 1
+        assert message in outcome.message
+        assert not page.exists()
+
+
 def test_report_of_what_is_no_artifact(models: dict[str, Path], artifact_copy: Path, tmp_path: Path) -> None:
     assert "is no bitwright artifact" in support.run_cli("report", models["llama"]).message
     assert "there is no artifact directory" in support.run_cli("report", tmp_path / "none").message
@@ -214,7 +324,7 @@ def test_no_complaints_and_no_requests(compared: Path, of_artifact: Path, tmp_pa
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_it_reads_well(compared: Path, of_artifact: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    maps = {"relative output error": 1, "honest bits": 1}
+    maps = {"relative output error": 1, "honest bits": 1, "largest activation": 4}
     kinds = {"perplexity against": 2, "relative output error": 5, "honest bits": 1, "largest activation": 16}
     for page, expected in ((compared, kinds), (of_artifact, maps)):
         found = measured(page, tmp_path, width, dark)

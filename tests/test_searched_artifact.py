@@ -24,6 +24,8 @@ from bitwright.runtime import quantized_linears
 Artifact = Callable[..., Path]
 FAST: dict[str, Any] = {"weights.group": 32, "weights.range": "minmax", "search.iterations": 2, "search.share": 0.02}
 OUTPUT = FAST | {"search.method": "golden", "search.objective": "output", "search.iterations": 4}
+AMBIGUOUS = FAST | {"search.method": "ambiguous"}
+BY_OUTPUT = {"search.method": "grid", "search.objective": "output"}
 SITES = ("attn_in", "cache", "attn_out", "mlp_in", "mlp_out")
 
 
@@ -33,6 +35,13 @@ def config_of(artifact: Path) -> Any:
 
 def found_in(artifact: Path) -> list[dict[str, Any]]:
     return json.loads((artifact / "bitwright_manifest.json").read_text())["search"]
+
+
+def site_of(linear: str) -> str:
+    """The target that a linear's inputs are."""
+    prefix, _, name = linear.rpartition(".")
+    site = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out", "d": "mlp_out"}.get(name[0], "mlp_in")
+    return f"{'.'.join(prefix.split('.')[:3])}.{site}"
 
 
 def test_the_command(models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path) -> None:
@@ -57,11 +66,7 @@ def test_the_command(models: dict[str, Path], calibration_file: Path, evaluation
         assert len(entry["tried"]) == 3
         assert [entry["ratio"], entry["value"]] in entry["tried"]
     for name, spec in config["layers"].items():
-        prefix, _, linear = name.rpartition(".")
-        site = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out", "d": "mlp_out"}.get(
-            linear[0], "mlp_in"
-        )
-        assert spec["clip"] == ratios[f"{'.'.join(prefix.split('.')[:3])}.{site}"]
+        assert spec["clip"] == ratios[site_of(name)]
     card = (out / "README.md").read_text()
     assert "## Clip ratios" in card
     assert f"| model.layers.1.mlp_out | {ratios['model.layers.1.mlp_out']:.5g} |" in card
@@ -118,6 +123,65 @@ def test_values_are_those_of_the_loaded_artifact(
     # Two ratios of one target are told apart by more than that.
     values = [value for _, value in first["tried"] + last["tried"]]
     assert max(values) - min(values) > 1e-2
+
+
+def test_an_ambiguous_search(models: dict[str, Path], calibration: Text, artifact: Artifact) -> None:
+    """Errors of the output decide where one ratio alone is near the least; else losses do, of those in the running."""
+    made = artifact("qwen2", "gbs", AMBIGUOUS)
+    found, first = found_in(made), found_in(artifact("qwen2", "gbs", AMBIGUOUS | BY_OUTPUT))
+    assert [entry["target"] for entry in found] == [entry["target"] for entry in first]
+    assert {entry["ambiguous"] for entry in found} == {True, False}
+    for entry in found:
+        errors = dict(entry["errors"] if entry["ambiguous"] else entry["tried"])
+        assert list(errors) == [round(1 - 0.05 * i, 2) for i in range(11)]
+        running = [ratio for ratio, error in errors.items() if error <= 1.05 * min(errors.values())]
+        assert entry["ambiguous"] == (len(running) > 1)
+        assert [entry["ratio"], entry["value"]] in entry["tried"]
+        assert entry["value"] == min(value for _, value in entry["tried"])
+        if entry["ambiguous"]:
+            assert [ratio for ratio, _ in entry["tried"]] == sorted({1.0, *running}, reverse=True)
+    # The errors are those that a search by the output finds: the first target's of the same model.
+    errors = dict(found[0]["errors"] if found[0]["ambiguous"] else found[0]["tried"])
+    assert errors.items() <= dict(first[0]["tried"]).items()
+    # The losses are those of the model: the last one that was ambiguous, with all that comes after it in 16 bits.
+    model, clips = bitwright.load(made), config_of(made)["cache"]["clips"]
+    last = next(entry for entry in reversed(found) if entry["ambiguous"])
+    at = [entry["target"] for entry in found].index(last["target"])
+    ratios = {entry["target"]: entry["ratio"] for entry in found[:at]}
+    windows = windows_of(models["qwen2"], calibration, AMBIGUOUS["search.share"])
+    linears = dict(quantized_linears(model))
+    inputs = {name: linear.activations for name, linear in linears.items()}
+    for linear in linears.values():
+        linear.unpack()
+    for ratio, value in last["tried"]:
+        now = ratios | {last["target"]: ratio}
+        for name, linear in linears.items():
+            clip = now.get(site_of(name))
+            linear.activations = None if clip is None else inputs[name].model_copy(update={"clip": clip})
+        caches = [now.get(f"model.layers.{index}.cache") for index in (0, 1)]
+        assert caches == clips, "this test knows a cache that is quantized in all layers"
+        assert loss(model, windows, clips) == pytest.approx(value, abs=2e-3)
+    card = (made / "README.md").read_text()
+    words = {True: "loss", False: "error"}
+    for entry in found:
+        assert (
+            f"| {entry['target']} | {entry['ratio']:.5g} | {words[entry['ambiguous']]} {entry['value']:.6g} |" in card
+        )
+
+
+def test_an_ambiguous_search_measures_on_sixteen_windows(
+    models: dict[str, Path], calibration_file: Path, artifact: Artifact
+) -> None:
+    """However long the text is, and the plan says how much is asked at most."""
+    short = AMBIGUOUS | {"calibration.length": 16, "kv": None}
+    long, longer = (artifact("llama", "gbs", short | {"search.share": share}) for share in (0.1, 0.2))
+    assert found_in(long) == found_in(longer)
+    assert found_in(long) != found_in(artifact("llama", "gbs", short | {"search.share": 0.01}))
+    options = [f"--set={key}={value}" for key, value in AMBIGUOUS.items()]
+    planned = support.run_cli("plan", models["llama"], "--preset", "gbs", *options)
+    assert planned.code == 0, planned.err
+    said = " ".join(planned.out.split())
+    assert "10 searches of 11 evaluations of the output's error and up to 11 of the perplexity on at most 16" in said
 
 
 def test_the_run_measures_what_evaluation_measures(
@@ -210,7 +274,7 @@ class BreakAt(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [FAST, OUTPUT])
+@pytest.mark.parametrize("options", [FAST, OUTPUT, AMBIGUOUS])
 def test_broken_off_it_goes_on_to_the_same_bytes(
     options: dict[str, Any], models: dict[str, Path], calibration: Text, artifact: Artifact, tmp_path: Path
 ) -> None:
@@ -288,6 +352,7 @@ def test_an_expanded_artifact(models: dict[str, Path], calibration: Text, tmp_pa
     [
         ("gbs", {"activations": None, "kv": None}, "has nothing to look for with activations and kv off"),
         ("gbs", {"search.method": "global", "search.objective": "output"}, "write objective = 'perplexity'"),
+        ("gbs", {"search.method": "ambiguous", "search.objective": "output"}, "or method = 'grid' to go by the output"),
         ("bwa", {"transform.expansion": "power"}, "write rotation = 'quarot' or expansion = 'none'"),
         ("gbs", {"activations.balance": "support"}, "write balance = 'none' with bits = 3"),
     ],

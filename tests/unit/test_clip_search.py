@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from bitwright.activations.clip_search import (
     GRID,
+    HALF,
     Objective,
+    ambiguous_search,
     evaluations,
     golden_section,
     gradual_binary_search,
@@ -95,6 +97,52 @@ def test_grids_assume_nothing() -> None:
     assert (GRID[0], GRID[-1], len(GRID)) == (1.0, 0.25, 16)
     assert search("global", valley(0.2), 3).ratio == 0.8
     assert len(search("global", valley(0.2), 3).tried) == 5
+
+
+ERRORS = dict(zip(HALF, (13.0, 11.0, 10.4, 10.0, 10.5, 10.6, 12.0, 14.0, 17.0, 21.0, 26.0), strict=True))
+
+
+def test_the_costly_objective_is_asked_of_what_is_in_the_running() -> None:
+    """Least error 10 at 0.85; within 5 %: 0.9 and 0.8 (10.5 exactly), not 0.75. 1 is asked, too."""
+    losses = {1.0: 3.0, 0.9: 2.5, 0.85: 2.6, 0.8: 2.4}
+    asked: list[float] = []
+    found = ambiguous_search(ERRORS.__getitem__, lambda ratio: asked.append(ratio) or losses[ratio])  # type: ignore[func-returns-value]
+    assert asked == [1.0, 0.9, 0.85, 0.8]
+    assert (found.ratio, found.value, found.ambiguous) == (0.8, 2.4, True)
+    assert found.tried == tuple(losses.items())
+    assert found.errors == tuple(ERRORS.items())
+    assert ambiguous_search(ERRORS.__getitem__, (losses | {1.0: 2.0}).__getitem__).ratio == 1.0
+    assert (HALF[0], HALF[-1], len(HALF)) == (1.0, 0.5, 11)
+
+
+def test_it_is_not_asked_where_the_error_decides() -> None:
+    found = ambiguous_search((ERRORS | {0.85: 9.9}).__getitem__, {}.__getitem__)
+    assert (found.ratio, found.value, found.ambiguous, found.errors) == (0.85, 9.9, False, ())
+    assert [ratio for ratio, _ in found.tried] == list(HALF)
+    assert ambiguous_search(lambda ratio: 2.0 - ratio, {}.__getitem__, (1.0, 0.5)).ratio == 1.0
+
+
+def test_errors_that_are_no_numbers_decide_nothing() -> None:
+    found = ambiguous_search(lambda _: math.nan, valley(0.7))
+    assert (found.ratio, found.ambiguous, len(found.tried)) == (0.7, True, len(HALF))
+    some = ambiguous_search(lambda ratio: math.nan if ratio > 0.6 else ratio, valley(0.7))
+    assert (some.ratio, some.ambiguous) == (0.5, False)
+
+
+@given(errors=st.lists(st.floats(0.0, 1e6), min_size=11, max_size=11), at=st.floats(0.4, 1.1))
+@examples(150)
+def test_an_ambiguous_search_and_its_slow_twin(errors: list[float], at: float) -> None:
+    """The least loss of 1 and all ratios whose error is at most 1.05 times the least."""
+    error = dict(zip(HALF, errors, strict=True)).__getitem__
+    found = search("ambiguous", valley(at), 3, error)
+    running = {ratio for ratio in HALF if error(ratio) <= 1.05 * min(errors)}
+    if len(running) == 1:
+        assert {found.ratio} == running
+    else:
+        expected = min(running | {1.0}, key=lambda ratio: (valley(at)(ratio), -ratio))
+        assert found.ratio == expected
+    assert found.ambiguous == (len(running) > 1)
+    assert len(found.tried) + len(found.errors) <= evaluations("ambiguous", 3) == 22
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

@@ -93,13 +93,20 @@ Relative output error on the calibration inputs (quantized activations in, weigh
 
 {% set asked = plan.recipe.search -%}
 Searched by `{{ asked.method }}`, in this order, for the least \
+{% if asked.method == "ambiguous" -%}
+squared error of the output and, where that left several ratios open (ambiguous), loss, on at most 16 windows of the \
+first \
+{% else -%}
 {{ "loss" if asked.objective == "perplexity" else "squared error of the output" }} on the first \
+{% endif -%}
 {{ "%g"|format(asked.share * 100) }} % of the calibration text.
 
 | inputs or cache | ratio | value | evaluations |
 |---|---|---|---|
 {% for entry in search -%}
-| {{ entry.target }} | {{ "%.5g"|format(entry.ratio) }} | {{ "%.6g"|format(entry.value) }} | {{ entry.tried|length }} |
+| {{ entry.target }} | {{ "%.5g"|format(entry.ratio) }} | \
+{{ ("loss " if entry.ambiguous else "error ") if entry.ambiguous is defined }}{{ "%.6g"|format(entry.value) }} | \
+{{ entry.tried|length + entry.errors|default([])|length }} |
 {% endfor %}
 {%- endif %}"""
 

@@ -3,7 +3,8 @@
 All weights are quantized by now, on inputs of full precision, and nothing else is. Block by block, and in a block in
 the order of use, each *target* is quantized for the first time and its ratio searched, those before it being as found
 and those after it still in 16 bits. What is asked of a ratio is the recipe's `search.objective`: the perplexity of the
-whole model on the beginning of the calibration text, or the error of what the target makes.
+whole model on the beginning of the calibration text, or the error of what the target makes. An `ambiguous` search asks
+for that error first, and for perplexity only where it leaves several ratios open.
 
 Blocks are read back from their shards one at a time, so that memory stays that of a block; hidden states lie in files,
 and those before the block at work are kept, so that an evaluation costs the blocks from there on and no more.
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bitwright.activations import quantize_site
-from bitwright.activations.clip_search import Found, search
+from bitwright.activations.clip_search import Found, Objective, search
 from bitwright.calibration import Stream
 from bitwright.errors import RunError
 from bitwright.models import SiteInfo, Skeleton
@@ -145,7 +147,7 @@ class ClipSearch:
             for index, names in enumerate(targets(self.skeleton, self.blocks.plan.recipe)):
                 for name in names:
                     if name not in known:
-                        self.look(name, self.objective(index, name, entering))
+                        self.look(name, *self.objectives(index, name, entering))
                 with self.streams(entering, spare) as (source, target):
                     self.blocks.move(index, self.ratios, source, target)
                 entering, spare = spare, entering
@@ -153,15 +155,16 @@ class ClipSearch:
             self.path(name).unlink(missing_ok=True)
         return spelled_out(self.ratios, targets(self.skeleton, self.blocks.plan.recipe))
 
-    def look(self, name: str, objective: Callable[[float], float]) -> None:
+    def look(self, name: str, objective: Objective, error: Objective | None = None) -> None:
         """Search the ratio of one target and write it down."""
 
-        def told(ratio: float) -> float:
-            value = objective(ratio)
+        def told(ratio: float, ask: Objective = objective) -> float:
+            value = ask(ratio)
             self.on_evaluation(name, ratio, value)
             return value
 
-        found = search(self.recipe.method, told, self.recipe.iterations)
+        cheap = None if error is None else partial(told, ask=error)
+        found = search(self.recipe.method, told, self.recipe.iterations, cheap)
         if not math.isfinite(found.value):
             raise RunError(
                 f"no clip ratio of {name} gives a finite {self.recipe.objective}; the model does not bear"
@@ -172,9 +175,19 @@ class ClipSearch:
         self.done.append(entry)
         self.on_found(entry)
 
-    def objective(self, index: int, name: str, entering: str) -> Callable[[float], float]:
+    def objectives(self, index: int, name: str, entering: str) -> list[Objective]:
+        """What the recipe asks of a target's ratio; of an ambiguous search the loss, and the error that is asked first.
+
+        The error's streams are free for the loss then: no error is asked for after a loss.
+        """
+        found: list[Objective] = []
         if self.recipe.objective == "perplexity":
-            return lambda ratio: self.loss(index, {**self.ratios, name: ratio}, entering)
+            found.append(lambda ratio: self.loss(index, {**self.ratios, name: ratio}, entering))
+        if self.recipe.objective == "output" or self.recipe.method == "ambiguous":
+            found.append(self.output_error(index, name, entering))
+        return found
+
+    def output_error(self, index: int, name: str, entering: str) -> Objective:
         for site in self.skeleton.sites(index):
             if name == f"{self.skeleton.block_name(index)}.{site.name}":
                 return self.site_error(index, site, entering)
@@ -196,7 +209,7 @@ class ClipSearch:
             losses = self.blocks.workers.map(unit, range(len(self.windows)))
         return sum(losses) / len(losses)
 
-    def site_error(self, index: int, site: SiteInfo, entering: str) -> Callable[[float], float]:
+    def site_error(self, index: int, site: SiteInfo, entering: str) -> Objective:
         """Squared error of what the site's linears make of quantized inputs: sum over tokens of |W (x - xhat)|^2.
 
         The inputs are written down once.
@@ -234,7 +247,7 @@ class ClipSearch:
 
         return error
 
-    def cache_error(self, index: int, name: str, entering: str) -> Callable[[float], float]:
+    def cache_error(self, index: int, name: str, entering: str) -> Objective:
         """Squared error of the block's output through the quantized cache, beside that without one."""
         block = self.blocks.block(index, self.ratios)
         with self.streams(entering, "x") as (source, target):
@@ -282,12 +295,21 @@ class _Caught(Exception):
 
 def entry_of(name: str, found: Found) -> dict[str, Any]:
     """What run.json and the manifest keep of a target."""
-    return {
+    entry: dict[str, Any] = {
         "target": name,
         "ratio": found.ratio,
         "value": found.value,
-        "tried": [[ratio, value if math.isfinite(value) else None] for ratio, value in found.tried],
+        "tried": _finite(found.tried),
     }
+    if found.ambiguous is not None:
+        entry["ambiguous"] = found.ambiguous
+    if found.errors:
+        entry["errors"] = _finite(found.errors)
+    return entry
+
+
+def _finite(tried: Sequence[tuple[float, float]]) -> list[list[float | None]]:
+    return [[ratio, value if math.isfinite(value) else None] for ratio, value in tried]
 
 
 def ratios_of(entries: list[dict[str, Any]]) -> Ratios:

@@ -21,7 +21,7 @@ from bitwright.models import Skeleton
 from bitwright.models.passes import embed
 from bitwright.pipeline.plan import Plan
 from bitwright.pipeline.search import ClipSearch, PackedBlocks, Ratios
-from bitwright.pipeline.targets import CACHE, targets
+from bitwright.pipeline.targets import CACHE, WINDOWS, targets
 from bitwright.recipe import Recipe, SearchRecipe
 
 # The quantized stream with all ratios in their places.
@@ -44,7 +44,8 @@ class Searching:
             self.solving = recipe.model_copy(update=off)
         if self.asked:
             count = max(length, int(len(tokens) * recipe.search.share))
-            self.windows = consecutive_windows(tokens[:count], length, None, text, "calibration.length")
+            most = WINDOWS if recipe.search.method == "ambiguous" else None
+            self.windows = consecutive_windows(tokens[:count], length, most, text, "calibration.length")
 
     def disk(self, width: int, tokens: int) -> int:
         """Bytes of the files of hidden states: four of a search, two of the last pass over the run's `tokens`."""

@@ -7,6 +7,8 @@ from bitwright.models import Skeleton
 from bitwright.recipe import Recipe
 
 CACHE = "cache"
+# An ambiguous search is to be cheap: it measures on so many windows at most.
+WINDOWS = 16
 
 
 def targets(skeleton: Skeleton, recipe: Recipe) -> list[list[str]]:
@@ -26,8 +28,12 @@ def search_notes(skeleton: Skeleton, recipe: Recipe) -> list[str]:
     if asked.method == "none":
         return []
     count = 1 if asked.method == "global" else sum(len(names) for names in targets(skeleton, recipe))
+    most = evaluations(asked.method, asked.iterations)
+    what, where = f"up to {most} evaluations of the {asked.objective}", ""
+    if asked.method == "ambiguous":
+        what = f"{most // 2} evaluations of the output's error and up to {most // 2} of the perplexity"
+        where = f"at most {WINDOWS} windows of "
     return [
-        f"clip ratios: {count} searches of up to {evaluations(asked.method, asked.iterations)} evaluations of the"
-        f" {asked.objective} on the first {asked.share * 100:g} % of the calibration text, each token of which takes"
-        f" {16 * skeleton.width:,} bytes of disk meanwhile"
+        f"clip ratios: {count} searches of {what} on {where}the first {asked.share * 100:g} % of the calibration text,"
+        f" each token of which takes {16 * skeleton.width:,} bytes of disk meanwhile"
     ]

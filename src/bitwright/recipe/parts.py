@@ -225,10 +225,11 @@ class KVRecipe(Part):
 class SearchRecipe(Part):
     """A search for clip ratios of activations, a site, and of the cache, a layer, once all weights are solved (GBS)."""
 
-    method: Literal["none", "gbs", "golden", "grid", "global"] = Field(
+    method: Literal["none", "gbs", "golden", "grid", "global", "ambiguous"] = Field(
         "none",
         description="gbs: the paper's alternating halving; golden: golden section; grid: 16 ratios from 1 down to 0.25;"
-        " global: one of five ratios for everything",
+        " global: one of five ratios for everything; ambiguous: by the output's error, and by perplexity where that"
+        " leaves several ratios open",
     )
     objective: Literal["perplexity", "output"] = Field(
         "perplexity",
@@ -241,6 +242,11 @@ class SearchRecipe(Part):
     def _goes_together(self) -> SearchRecipe:
         if self.method == "global" and self.objective != "perplexity":
             raise ValueError("method 'global' goes by perplexity alone; write objective = 'perplexity'")
+        if self.method == "ambiguous" and self.objective != "perplexity":
+            raise ValueError(
+                "method 'ambiguous' asks for the output's error first and for perplexity where that does not decide;"
+                " write objective = 'perplexity', or method = 'grid' to go by the output alone"
+            )
         return self
 
 

@@ -61,6 +61,14 @@ class Measuring:
         """Equal for equal measurements alone; the number of threads does not matter."""
         return f"{text.sha256[:16]} window {self.window} limit {self.limit} {self.dtype}"
 
+    def check(self, directory: Path, config: Any) -> None:
+        """Raises ModelError or TextError where the model in `directory`, with this config, cannot be so measured."""
+        check_dtype(self.dtype)
+        config = config.get_text_config(decoder=True)
+        window, tokenizer = window_for(context_length(config), self.window), load_tokenizer(directory)
+        for text in self.texts:
+            consecutive_windows(tokenize(tokenizer, text, config.vocab_size), window, self.limit, text)
+
 
 def failures(results: dict[str, Any]) -> str | None:
     """Which methods of a comparison failed and why, in one sentence; None where none did."""
@@ -100,16 +108,12 @@ class Comparison:
         if not self.methods:
             raise RecipeError("no method is left to compare; name at least one, for example bwa")
         self.sizes = plan_for(skeleton, _PLAIN)
-        check_dtype(measuring.dtype)
-        config = skeleton.config.get_text_config(decoder=True)
-        window = window_for(context_length(config), measuring.window)
-        tokenizer = load_tokenizer(self.checkpoint.directory)
-        tokens = tokenize(tokenizer, calibration, config.vocab_size)
+        directory, config = self.checkpoint.directory, skeleton.config
+        measuring.check(directory, config)
+        tokens = tokenize(load_tokenizer(directory), calibration, config.get_text_config(decoder=True).vocab_size)
         for method, plan in planned:
             if plan is not None:
                 _check_calibration(method, plan, tokens, calibration)
-        for text in measuring.texts:
-            consecutive_windows(tokenize(tokenizer, text, config.vocab_size), window, measuring.limit, text)
 
     def _planned(self, skeleton: Skeleton, method: Method) -> Plan | None:
         """A method's plan, None for the original; raises what says why there is none, or leaves the method out where

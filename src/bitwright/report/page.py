@@ -155,7 +155,6 @@ def bits_section(titled: list[tuple[str, list[dict[str, Any]]]]) -> list[Section
 
 def _activations(results: dict[str, Any]) -> Section:
     """One figure a site and method that does something to its input; methods whose sites see the same share theirs."""
-    sites = list(dict.fromkeys(key.partition("/")[2] for key in results["before"]))
     ways: list[tuple[dict[str, Any], list[str]]] = []
     for number, row in enumerate(results["methods"], 1):
         same = [numbers for after, numbers in ways if after == row["after"]]
@@ -163,31 +162,40 @@ def _activations(results: dict[str, Any]) -> Section:
             same[0].append(str(number))
         elif row["after"]:
             ways.append((row["after"], [str(number)]))
-    drawn = []
-    for way, (after, numbers) in enumerate(ways or [({}, [])]):
-        for site in sites:
-            caption = f"As quantized by method{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}."
-            drawn.append(
-                Figure(
-                    figures.activation_curves(
-                        f"activations{way}{site}", site, _of_site(results["before"], site), _of_site(after, site)
-                    ),
-                    caption=caption if numbers else "",
-                )
-            )
+    captioned = [
+        (after, f"As quantized by method{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}.")
+        for after, numbers in ways
+    ]
+    lacking = "Methods that keep the model's channels as they are, or activations in 16 bits, have no figure."
+    return activations_section(results["before"], results["activations_on"], captioned, lacking if ways else "")
+
+
+def activations_section(
+    before: dict[str, Any], measured_on: str, ways: list[tuple[dict[str, Any], str]], lacking: str
+) -> Section:
+    """Curves of report.activations: for each of `ways`, (curves after, caption), a figure a site; without any those
+    before by themselves. `lacking` says who has no figure."""
+    sites = list(dict.fromkeys(key.partition("/")[2] for key in before))
+    drawn = [
+        Figure(
+            figures.activation_curves(f"activations{way}{site}", site, _of_site(before, site), _of_site(after, site)),
+            caption=caption,
+        )
+        for way, (after, caption) in enumerate(ways or [({}, "")])
+        for site in sites
+    ]
     seen = (
         " Beside it what the method's own model quantizes: in its order and basis, after its Hadamard matrices,"
-        " with the errors of all that comes before. Bars below: the int8 channels of each block. Methods that keep the"
-        " model's channels as they are, or activations in 16 bits, have no figure."
+        " with the errors of all that comes before. Bars below: the int8 channels of each block."
         if ways
         else ""
     )
-    return Section(
-        "Activations by channel",
-        f"Largest absolute value of each input channel of a site in the original model, on {results['activations_on']};"
+    words = [
+        f"Largest absolute value of each input channel of a site in the original model, on {measured_on};"
         f" the largest of every hundredth or so of the channels is drawn.{seen}",
-        drawn,
-    )
+        lacking,
+    ]
+    return Section("Activations by channel", " ".join(filter(None, words)), drawn)
 
 
 def _of_site(curves: dict[str, Any], site: str) -> dict[int, Any]:
