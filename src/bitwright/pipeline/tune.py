@@ -53,7 +53,8 @@ class Progress:
         return next(loss for at, loss in self.losses if at == step)
 
     def finished(self, steps: int, patience: int) -> bool:
-        return self.step >= steps or sum(at > self.best for at, _ in self.losses) >= patience
+        """Judgements of the first half do not count: while rates are high they are often worse, and fall later."""
+        return self.step >= steps or sum(at > max(self.best, steps // 2) for at, _ in self.losses) >= patience
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json."""

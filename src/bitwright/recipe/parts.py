@@ -318,7 +318,9 @@ class TuneRecipe(Part):
         0.125, gt=0.0, le=0.5, description="share of the calibration sequences that only judge; the best state is kept"
     )
     interval: int = Field(8, ge=1, description="steps between two judgements; a run that was killed goes on from one")
-    patience: int = Field(4, ge=1, description="judgements in sequence that are no better than the best end the tuning")
+    patience: int = Field(
+        4, ge=1, description="judgements in sequence that are no better than the best end the tuning's second half"
+    )
     seed: int = Field(0, ge=0, description="of the order of the sequences")
 
 
