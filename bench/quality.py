@@ -126,7 +126,7 @@ def table(section: str, found: list[dict[str, Any]], texts: list[str]) -> list[s
     for label in dict.fromkeys(row["label"] for row in found):
         same = [row for row in found if row["label"] == label]
         excess = {row["calibration"]: [f"{value:.4f}" for value in row["excess"]] for row in same}
-        cells = [cell for calibration in calibrations for cell in excess.get(calibration, [""] * len(texts))]
+        cells = [cell for calibration in calibrations for cell in excess[calibration]]
         seconds = statistics.median(row["seconds"] for row in same)
         lines.append(f"| {label} | {same[0]['bits']:.4f} | {seconds:.0f} | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -148,6 +148,27 @@ def against(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
                 label = f"{BEST} --tune" if row["section"] == "tuning" else BEST
                 lines.append(f"| {label} | {calibration} | {cells} | {row['seconds'] / paper['seconds']:.1f} x |")
     return [*lines, ""]
+
+
+def deciding(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
+    """The excess of the rows that every calibration text has, one below the other."""
+    lines = ["### Calibration texts", "", f"| calibration | | {' | '.join(texts)} | mean |"]
+    lines.append("|---" * (3 + len(texts)) + "|")
+    for row in found:
+        if decides(row["section"], row["label"]):
+            label = row["label"] if row["label"] == BASE or row["section"] == "tuning" else BEST
+            cells = [f"{value:.4f}" for value in [*row["excess"], statistics.mean(row["excess"])]]
+            lines.append(f"| {row['calibration']} | {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def document(found: list[dict[str, Any]], texts: list[str], brief: list[str]) -> list[str]:
+    """Everything in Markdown; brief calibration texts have no columns in the tables of the sections."""
+    lines = [*against(found, texts), *deciding(found, texts)]
+    whole = [row for row in found if row["calibration"] not in brief]
+    for section in dict.fromkeys(row["section"] for row in whole):
+        lines += table(section, [row for row in whole if row["section"] == section], texts)
+    return lines
 
 
 def main() -> None:
@@ -208,11 +229,7 @@ def main() -> None:
                     "excess": [entry["excess"] for entry in row["measured"]],
                 }
             )
-    lines = against(found, names) + [
-        line
-        for section in dict.fromkeys(row["section"] for row in found)
-        for line in table(section, [row for row in found if row["section"] == section], names)
-    ]
+    lines = document(found, names, asked.brief)
     (asked.out / "quality.md").write_text("\n".join(lines), encoding="utf-8")
     (asked.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -64,6 +64,21 @@ def test_shares_of_the_papers_loss(quality: Any) -> None:
     assert quality.against(rows, ["one", "two"])[-2] == "| bitwright --tune | c | 0.25 | 0.50 | 0.38 | 2.5 x |"
 
 
+def test_brief_calibrations_stand_in_a_table_of_their_own(quality: Any) -> None:
+    last = f"+ {list(quality.IDEAS)[-1]} (bitwright)"
+    rows = [
+        {"section": "the path", "label": label, "calibration": text, "seconds": 10.0, "bits": 2.5, "excess": excess}
+        for text in ("own", "other")
+        for label, excess in (("bwa", [0.4, 0.2]), ("+ column feedback", [0.3, 0.2]), (last, [0.1, 0.2]))
+        if text == "own" or quality.decides("the path", label)
+    ]
+    lines = quality.document(rows, ["one", "two"], ["other"])
+    assert lines.count("| other | bitwright | 0.1000 | 0.2000 | 0.1500 |") == 1
+    assert "| | bits | s | one (own) | two (own) |" in lines
+    assert "| + column feedback | 2.5000 | 10 | 0.3000 | 0.2000 |" in lines
+    assert not any("(other)" in line for line in lines)
+
+
 def test_a_run(models: dict[str, Path], calibration_file: Path, evaluation_file: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPT), str(models["llama"]), "--calib", f"x={calibration_file}",
