@@ -188,7 +188,7 @@ def test_the_demo_model_gains(tmp_path: Path) -> None:
 
 
 def test_worse_is_not_kept(models: dict[str, Path], calibration: Text, tmp_path: Path) -> None:
-    """With absurd rates every step is for the worse: what is written is the solved model, and it stops early, in the second half."""
+    """With absurd rates every step is for the worse: it stops early in the second half, and writes the solved model."""
     wild = TUNE | {"steps": 6, "interval": 1, "patience": 2, "levels": 0.9, "outliers": 0.9, "vectors": 0.9}
     recipe = bitwright.preset("bwa").with_options(support.SMALL | {"tune": wild})
     result = bitwright.quantize(models["llama"], tmp_path / "wild", recipe, calibration)
