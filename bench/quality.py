@@ -84,6 +84,11 @@ def decides(section: str, label: str) -> bool:
     return section == "tuning" or (section == "the path" and (label == BASE or label.endswith(f"({BEST})")))
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """What a deciding row is called outside of its section: the path's last one is the default."""
+    return BEST if row["section"] == "the path" and row["label"] != BASE else row["label"]
+
+
 def _keys(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in data.items():
         if isinstance(value, dict):
@@ -145,8 +150,8 @@ def against(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
             if row is not paper:
                 shares = [ours / theirs for ours, theirs in zip(row["excess"], paper["excess"], strict=True)]
                 cells = " | ".join(f"{share:.2f}" for share in [*shares, statistics.mean(shares)])
-                label = f"{BEST} --tune" if row["section"] == "tuning" else BEST
-                lines.append(f"| {label} | {calibration} | {cells} | {row['seconds'] / paper['seconds']:.1f} x |")
+                time = f"{row['seconds'] / paper['seconds']:.1f} x"
+                lines.append(f"| {name_of(row)} | {calibration} | {cells} | {time} |")
     return [*lines, ""]
 
 
@@ -156,9 +161,8 @@ def deciding(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
     lines.append("|---" * (3 + len(texts)) + "|")
     for row in found:
         if decides(row["section"], row["label"]):
-            label = row["label"] if row["label"] == BASE or row["section"] == "tuning" else BEST
             cells = [f"{value:.4f}" for value in [*row["excess"], statistics.mean(row["excess"])]]
-            lines.append(f"| {row['calibration']} | {label} | {' | '.join(cells)} |")
+            lines.append(f"| {row['calibration']} | {name_of(row)} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
